@@ -8,7 +8,7 @@
 //!    │                   └─ parks the client's stream ────────────────> takes it: token, body,
 //!    └───────────────────────── answer, piece by piece ──────────────── then gives it back
 //!
-//! credential file <── keeper thread, one a provider ──> token endpoint
+//! credential file <── keeper, one thread a provider ──> token endpoint
 //! ```
 //!
 //! tiny_http parses, queues and hands out requests, but never meets the network: on its own it
@@ -18,38 +18,39 @@
 //! number first, to tiny_http over an **inner connection**. The **worker** that gets the request
 //! takes the exchange, is the only one to read the body and write the answer, and ends with a
 //! **verdict** on what becomes of the stream. An inner connection checked out is a **permit**:
-//! there are as many as workers, so who holds one has a free worker.
+//! there are as many as workers, so who holds one has a free worker. A **reply** is an answer of
+//! ai-mux's own; everything else that a client hears comes from **upstream**.
 //!
 //! The file reads from the story to the reference: limits, main, gate, server, handler,
-//! credential, upstream, stream, config, errors, log. A callee stands below its caller.
+//! credential, upstream, stream, config, replies and errors, log. A callee stands below its caller.
 
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
-use std::fmt::{self, Write as _};
+use std::ffi::OsString;
+use std::fmt::{Display, Write as _};
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, BufRead, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::io::{self, BufRead, ErrorKind, IoSlice, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use log::{LevelFilter, debug, error, info, warn};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use rustls::sign::CertifiedKey;
-use serde::Deserialize;
-use serde::de::{self, Deserializer};
+use serde::{Deserialize, Deserializer, de};
 use serde_json::Value;
 use subtle::ConstantTimeEq;
+use ureq::http::header::{AUTHORIZATION, CONTENT_LENGTH, TRANSFER_ENCODING};
 use ureq::http::{self, HeaderMap, HeaderName, HeaderValue};
 
 use secret::Secret;
@@ -57,12 +58,11 @@ use secret::Secret;
 // ─── limits ──────────────────────────────────────────────────────────────────────────────────
 // Every bound of the program, with its reason. Sizes are bytes.
 
-/// A request head, request line and all fields.
+/// A request head, request line and all fields; the fields that no real client exceeds.
 const HEAD_SIZE: usize = 32 << 10;
+const FIELD_COUNT: usize = 100;
 /// One line of a head. Must fit ureq's output buffer, which takes a header line whole.
 const LINE_SIZE: usize = 8 << 10;
-/// Header fields in a request; what no real client reaches.
-const FIELD_COUNT: usize = 100;
 /// For a TLS handshake, and for a head from its first byte.
 const HEAD_TIME: Duration = Duration::from_secs(10);
 /// Between two requests. Clients pool connections for a minute or two.
@@ -70,28 +70,28 @@ const IDLE_TIME: Duration = Duration::from_secs(300);
 /// A request body; both vendors refuse larger ones themselves.
 const BODY_SIZE: u64 = 64 << 20;
 /// The part of a body that is held in memory so that it can be sent a second time.
-const HELD_SIZE: usize = 1 << 20;
-/// A body may make its sender wait this long, and a second more for each `BODY_RATE` it brought.
+const HELD_SIZE: u64 = 1 << 20;
+/// A body may be waited for this long, and a second more for each `BODY_RATE` that came of it.
 const BODY_GRACE: Duration = Duration::from_secs(10);
-const BODY_RATE: u32 = 1 << 10;
+const BODY_RATE: u64 = 1 << 10;
 /// What is read from upstream and written to the client in one go, and how long that may take.
 const PIECE_SIZE: usize = 16 << 10;
 const PIECE_TIME: Duration = Duration::from_secs(30);
-/// How much of an unread body is taken after a refusal, so that the client reads the refusal.
+/// How much of an unread body is taken after a reply, so that the client comes to read it.
 const LINGER_SIZE: usize = 1 << 20;
 const LINGER_TIME: Duration = Duration::from_secs(2);
 /// A head that no worker has picked up by then was lost inside tiny_http.
 const PICKUP_TIME: Duration = Duration::from_secs(5);
 /// Client connections beyond those that workers serve: each is a thread of some 10 KiB.
 const SPARE_CONNECTIONS: u64 = 1024;
-/// Descriptors for the listeners, the log, files, name resolution and token calls.
+/// Descriptors for listeners, log, files, name resolution and token calls; and per worker, for
+/// its inner connection (three, as tiny_http clones its end) and one upstream.
 const SPARE_DESCRIPTORS: u64 = 32;
-/// Per worker: three of its inner connection (tiny_http clones its end), one upstream.
 const WORKER_DESCRIPTORS: u64 = 4;
 /// Virtual size of our threads' stacks; debug builds of the TLS code need the most.
 const STACK_SIZE: usize = 512 << 10;
 /// ureq's buffers, per upstream connection: an answer's head must fit the first, a header line
-/// of ours the second. A larger input buffer gains nothing, as pieces are passed on at once.
+/// of ours the second. Larger ones gain nothing, as each piece is passed on at once.
 const UPSTREAM_INPUT: usize = 16 << 10;
 const UPSTREAM_OUTPUT: usize = LINE_SIZE + 1024;
 /// An idle upstream connection; most servers close theirs after 20 s or more.
@@ -103,11 +103,11 @@ const SETTLE_TIME: Duration = Duration::from_secs(2);
 /// A call to a token endpoint, and its answer.
 const TOKEN_TIME: Duration = Duration::from_secs(30);
 const TOKEN_SIZE: u64 = 64 << 10;
-/// An access token with less than this left is refreshed; one younger than this is not.
+/// An access token with less than this left is refreshed; one that is younger is not.
 const TOKEN_MARGIN: Duration = Duration::from_secs(60);
-/// What is believed of `expires_in`.
-const LIFETIME_MIN: Duration = Duration::from_secs(60);
-const LIFETIME_MAX: Duration = Duration::from_secs(30 * 86400);
+/// What is believed of `expires_in`, in seconds.
+const LIFETIME_MIN: f64 = 60.0;
+const LIFETIME_MAX: f64 = 30.0 * 86400.0;
 /// Between refreshes that fail: the first wait, doubling up to the second.
 const BACKOFF_MIN: Duration = Duration::from_secs(5);
 const BACKOFF_MAX: Duration = Duration::from_secs(300);
@@ -135,77 +135,62 @@ usage: ai-mux [--config PATH]
 
 #[cfg_attr(test, allow(dead_code))]
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // Not eprintln!, which panics when nobody reads standard error.
-            let _ = writeln!(io::stderr(), "ai-mux: {}", error.message);
-            ExitCode::from(error.code)
-        }
-    }
+    let Err(error) = run() else {
+        return ExitCode::SUCCESS;
+    };
+    // Not eprintln!, which panics when nobody reads standard error.
+    let _ = writeln!(io::stderr(), "ai-mux: {}", error.message);
+    ExitCode::from(error.code)
 }
 
 fn run() -> Result<(), Error> {
-    let config = match arguments(std::env::args().skip(1))? {
-        Command::Print(text) => {
-            let _ = io::stdout().write_all(text.as_bytes());
-            return Ok(());
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let words: Vec<_> = arguments
+        .iter()
+        .map(|a| a.to_str().unwrap_or("?"))
+        .collect();
+    let path = match words[..] {
+        [] => None,
+        ["--config", _] => Some(Path::new(&arguments[1])),
+        ["--help"] => return Ok(print(HELP)),
+        ["--version"] => return Ok(print(concat!("ai-mux ", env!("CARGO_PKG_VERSION"), "\n"))),
+        _ => {
+            return Err(Error::config(
+                "expected `--config PATH` or nothing; see ai-mux --help",
+            ));
         }
-        Command::Serve(path) => Config::load(path.as_deref())?,
     };
+    let config = Config::load(path)?;
     start_log(config.log_level);
-    let signal = signals().map_err(|e| Error::start(format!("register for signals: {e}")))?;
+    let signal = signals().map_err(|e| Error::start("register for signals", e))?;
     let _claim = claim(&config.state_dir)?;
     let proxy = Arc::new(Proxy::new(&config)?);
-    let gate = Gate::open(&config, proxy.clone())?;
+    let (gate, listeners) = Gate::open(&config, &proxy)?;
     let keepers = proxy.start_keepers(config.refresh_check_interval)?;
-    gate.accept(&signal);
+    gate.accept(listeners, &signal);
 
+    info!("stopping, once running requests and refreshes have ended");
     let deadline = Instant::now() + STOP_TIME;
-    info!("stopping: waiting for running requests and refreshes");
     gate.drain(Instant::now() + DRAIN_TIME);
     proxy.stop_keepers(keepers, deadline);
     info!("stopped");
     Ok(())
 }
 
-enum Command {
-    Print(String),
-    Serve(Option<PathBuf>),
-}
-
-fn arguments(mut arguments: impl Iterator<Item = String>) -> Result<Command, Error> {
-    let mut path = None;
-    while let Some(argument) = arguments.next() {
-        match argument.as_str() {
-            "--help" => return Ok(Command::Print(HELP.into())),
-            "--version" => {
-                let version = concat!("ai-mux ", env!("CARGO_PKG_VERSION"), "\n");
-                return Ok(Command::Print(version.into()));
-            }
-            "--config" if path.is_none() => match arguments.next() {
-                Some(value) => path = Some(PathBuf::from(value)),
-                None => return Err(Error::config("--config: no path given".into())),
-            },
-            other => {
-                let message = format!("unexpected argument {other:?}; see ai-mux --help");
-                return Err(Error::config(message));
-            }
-        }
-    }
-    Ok(Command::Serve(path))
+fn print(text: &str) {
+    let _ = io::stdout().write_all(text.as_bytes());
 }
 
 /// The read end of a pipe that gets a byte at the first SIGTERM or SIGINT; the second one ends
 /// the process at once, with exit code 1.
 fn signals() -> io::Result<UnixStream> {
-    use signal_hook::consts::{SIGINT, SIGTERM};
+    use signal_hook::{consts, flag, low_level};
     let (reader, writer) = UnixStream::pair()?;
     let seen = Arc::new(AtomicBool::new(false));
-    for signal in [SIGTERM, SIGINT] {
-        signal_hook::flag::register_conditional_shutdown(signal, 1, seen.clone())?;
-        signal_hook::flag::register(signal, seen.clone())?;
-        signal_hook::low_level::pipe::register(signal, writer.try_clone()?)?;
+    for signal in [consts::SIGTERM, consts::SIGINT] {
+        flag::register_conditional_shutdown(signal, 1, seen.clone())?;
+        flag::register(signal, seen.clone())?;
+        low_level::pipe::register(signal, writer.try_clone()?)?;
     }
     Ok(reader)
 }
@@ -214,25 +199,21 @@ fn signals() -> io::Result<UnixStream> {
 /// the same single-use token would end it. The lock lives as long as the file it returns.
 fn claim(state_dir: &Path) -> Result<File, Error> {
     let name = state_dir.display();
-    let failed = |what: &str, e| Error::start(format!("{what} {name} (state_dir): {e}"));
+    let failed = |e| Error::start(format!("state_dir {name}"), e);
     if !state_dir.is_dir() {
-        let mut builder = DirBuilder::new();
-        builder
+        DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(state_dir)
-            .map_err(|e| failed("create", e))?;
+            .map_err(failed)?;
     }
-    let folder = File::open(state_dir).map_err(|e| failed("open", e))?;
+    let folder = File::open(state_dir).map_err(failed)?;
     match folder.try_lock() {
         Ok(()) => {}
+        Err(fs::TryLockError::Error(e)) => warn!("state_dir {name} cannot be locked: {e}"),
         Err(fs::TryLockError::WouldBlock) => {
-            return Err(Error::start(format!(
-                "{name} (state_dir) is in use by another ai-mux: stop that one, or give this one a state_dir of its own"
-            )));
-        }
-        Err(fs::TryLockError::Error(e)) => {
-            warn!("{name}: cannot be locked ({e}); make sure that no second ai-mux uses it")
+            let what = "another ai-mux uses it; stop that one, or give this one its own";
+            return Err(failed(io::Error::other(what)));
         }
     }
     Ok(folder)
@@ -247,13 +228,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>, time: Duration) -> MutexGuard<'a, T> {
-    condvar
-        .wait_timeout(guard, time)
-        .unwrap_or_else(|poisoned| poisoned.into_inner())
-        .0
+    let outcome = condvar.wait_timeout(guard, time);
+    outcome.unwrap_or_else(|poisoned| poisoned.into_inner()).0
 }
 
-fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<thread::JoinHandle<()>> {
+fn left_until(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
     thread::Builder::new()
         .name(name.into())
         .stack_size(STACK_SIZE)
@@ -263,11 +246,10 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<thread:
 // ─── gate ────────────────────────────────────────────────────────────────────────────────────
 // In: client connections. Out: to tiny_http, heads that are well-formed and unambiguous, each
 // with its exchange parked; to the client, only what is decided without a worker: a malformed
-// head, a health answer, a full pool. No body passes here but what is drained after a refusal.
+// head, a health answer, a full pool. No body passes here but what is drained after a reply.
 
 struct Gate {
     proxy: Arc<Proxy>,
-    listeners: Vec<TcpListener>,
     tls: Option<Arc<rustls::ServerConfig>>,
     inner: Inner,
     capacity: usize,
@@ -285,20 +267,6 @@ struct Connection {
     idle: Option<Instant>,
 }
 
-/// A client's request on its way to a worker, all but the head.
-struct Exchange {
-    stream: Stream,
-    facts: Facts,
-    peer: SocketAddr,
-    started: Instant,
-    /// What of the body is still to be read, how much came, and how long it was waited for.
-    upload: Upload,
-    received: u64,
-    waited: Duration,
-    /// Why reading the body failed.
-    fault: Option<Fault>,
-}
-
 /// What a worker says becomes of a stream. A worker that says nothing has broken it.
 enum Verdict {
     /// Answered whole: the next head may come.
@@ -310,151 +278,115 @@ enum Verdict {
 }
 
 impl Gate {
-    fn open(config: &Config, proxy: Arc<Proxy>) -> Result<Arc<Gate>, Error> {
-        let (workers, capacity) = descriptors(config.workers)?;
+    fn open(config: &Config, proxy: &Arc<Proxy>) -> Result<(Arc<Gate>, Vec<TcpListener>), Error> {
+        let (workers, capacity) = descriptors(config.workers as u64)?;
         let tls = config.tls.as_ref().map(Renewal::start).transpose()?;
         let listeners = listen(&config.listen)?;
-        let exchanges = Arc::new(Exchanges::default());
-        let (path, folder) = inner_path(&config.state_dir)?;
-        let failed = |e: String| Error::start(format!("inner socket {}: {e}", path.display()));
-        let listener = UnixListener::bind(&path).map_err(|e| failed(e.to_string()))?;
-        let server =
-            tiny_http::Server::from_listener(listener, None).map_err(|e| failed(e.to_string()))?;
-        serve(server, workers, &exchanges, &proxy).map_err(|e| failed(e.to_string()))?;
-        let inner = Inner {
-            path,
-            folder,
-            exchanges,
-            wait: config.request_timeout,
-            idle: Mutex::new(Vec::new()),
-            freed: Condvar::new(),
-        };
-        for _ in 0..workers {
-            let connection = inner.connect().map_err(|e| Error::start(e.to_string()))?;
-            lock(&inner.idle).push(Some(connection));
-        }
-        let scheme = if tls.is_some() { "https" } else { "http" };
+        let inner = Inner::open(config, workers, proxy);
+        let inner = inner.map_err(|e| Error::start("open the inner connections", e))?;
         for listener in &listeners {
             let address = listener
                 .local_addr()
-                .map_err(|e| Error::start(format!("listen: {e}")))?;
+                .map_err(|e| Error::start("listen", e))?;
             if proxy.users.is_empty() && !address.ip().is_loopback() {
-                warn!(
-                    "no users are configured: everyone who can reach {address} uses your subscription"
-                );
+                warn!("no users configured: whoever reaches {address} uses your subscription");
             }
-            info!("listening on {scheme}://{address}");
+            info!(
+                "listening on http{}://{address}",
+                if tls.is_some() { "s" } else { "" }
+            );
         }
-        Ok(Arc::new(Gate {
-            proxy,
-            listeners,
+        let gate = Gate {
+            proxy: proxy.clone(),
             tls,
             inner,
             capacity,
-            connections: Mutex::new(HashMap::new()),
+            connections: Mutex::default(),
             freed: Condvar::new(),
             stopping: AtomicBool::new(false),
-        }))
+        };
+        Ok((Arc::new(gate), listeners))
     }
 
     /// Accepts connections until a signal comes: a thread for each, the longest idle one making
     /// room at the cap. While all are busy, or descriptors have run out, new ones wait in the
     /// listeners' queues.
-    fn accept(self: &Arc<Gate>, signal: &UnixStream) {
-        let mut number = 0;
-        let mut waiting = false;
+    fn accept(self: &Arc<Gate>, listeners: Vec<TcpListener>, signal: &UnixStream) {
+        let (mut number, mut warned) = (0, false);
         loop {
             let mut sources = vec![PollFd::new(signal, PollFlags::IN)];
-            sources.extend(self.listeners.iter().map(|l| PollFd::new(l, PollFlags::IN)));
-            if let Err(e) = poll(&mut sources, None)
-                && e != rustix::io::Errno::INTR
-            {
-                error!("wait for connections: {e}");
-                thread::sleep(Duration::from_millis(100));
-            }
-            let ready: Vec<bool> = sources.iter().map(|s| !s.revents().is_empty()).collect();
-            if ready[0] {
-                self.stopping.store(true, Ordering::SeqCst);
+            sources.extend(listeners.iter().map(|l| PollFd::new(l, PollFlags::IN)));
+            let _ = poll(&mut sources, None); // if interrupted, nothing is ready
+            let mut ready = sources.iter().map(|s| !s.revents().is_empty());
+            if ready.next() == Some(true) {
                 return;
             }
-            let ready = ready
-                .iter()
-                .skip(1)
-                .zip(&self.listeners)
-                .filter(|(ready, _)| **ready);
-            for (_, listener) in ready {
-                let outcome = self.make_room().then(|| listener.accept());
-                let trouble = match outcome {
-                    Some(Ok((socket, peer))) => {
-                        number += 1;
-                        self.admit(number, socket, peer).err()
+            for (_, listener) in ready.zip(&listeners).filter(|(ready, _)| *ready) {
+                number += 1;
+                let accepted = self.make_room().and_then(|()| listener.accept());
+                match accepted.and_then(|(socket, peer)| self.admit(number, socket, peer)) {
+                    Ok(()) => warned = false,
+                    Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+                    Err(e) => {
+                        if !std::mem::replace(&mut warned, true) {
+                            warn!("new connections wait: {e}");
+                        }
+                        self.close_idle(1);
+                        thread::sleep(Duration::from_millis(50));
                     }
-                    Some(Err(e)) if e.kind() == io::ErrorKind::WouldBlock => continue,
-                    Some(Err(e)) => Some(e),
-                    None => Some(io::Error::other(format!("all {} are busy", self.capacity))),
-                };
-                if let Some(e) = &trouble {
-                    if !waiting {
-                        warn!("new connections wait: {e}");
-                    }
-                    self.close_idle(1);
-                    let connections = lock(&self.connections);
-                    drop(wait(&self.freed, connections, Duration::from_millis(50)));
                 }
-                waiting = trouble.is_some();
             }
         }
     }
 
-    fn make_room(&self) -> bool {
-        let excess = (lock(&self.connections).len() + 1).saturating_sub(self.capacity);
-        excess == 0 || self.close_idle(excess) >= excess
+    fn make_room(&self) -> io::Result<()> {
+        let count = lock(&self.connections).len();
+        if count < self.capacity || self.close_idle(count + 1 - self.capacity) > 0 {
+            return Ok(());
+        }
+        Err(io::Error::other(format!(
+            "all {count} that there may be are busy"
+        )))
     }
 
     /// Shuts the longest idle connections, `count` at most; their threads then end by themselves.
     fn close_idle(&self, count: usize) -> usize {
         let mut connections = lock(&self.connections);
-        let mut idle: Vec<_> = connections
+        let idle = connections
             .iter()
-            .filter_map(|(number, c)| Some((c.idle?, *number)))
-            .collect();
+            .filter_map(|(number, c)| Some((c.idle?, *number)));
+        let mut idle: Vec<_> = idle.collect();
         idle.sort_unstable();
         idle.truncate(count);
-        for (_, number) in &idle {
-            if let Some(connection) = connections.remove(number) {
-                let _ = connection.socket.shutdown(Shutdown::Both);
-            }
+        for connection in idle
+            .iter()
+            .filter_map(|(_, number)| connections.remove(number))
+        {
+            let _ = connection.socket.shutdown(Shutdown::Both);
         }
         idle.len()
     }
 
-    fn admit(self: &Arc<Gate>, number: u64, socket: TcpStream, peer: SocketAddr) -> io::Result<()> {
-        socket.set_nonblocking(false)?;
-        socket.set_nodelay(true)?;
-        let socket = Arc::new(socket);
-        let idle = Some(Instant::now());
-        lock(&self.connections).insert(
-            number,
-            Connection {
-                socket: socket.clone(),
-                idle,
-            },
-        );
+    fn admit(self: &Arc<Gate>, number: u64, tcp: TcpStream, peer: SocketAddr) -> io::Result<()> {
+        tcp.set_nonblocking(false)?;
+        tcp.set_nodelay(true)?;
+        let socket = Arc::new(tcp);
+        let connection = Connection {
+            socket: socket.clone(),
+            idle: Some(Instant::now()),
+        };
+        lock(&self.connections).insert(number, connection);
         let gate = self.clone();
-        let served = spawn("client", move || {
-            if let Err(panic) =
-                catch_unwind(AssertUnwindSafe(|| gate.converse(number, socket, peer)))
-            {
-                drop(panic);
-                error!("peer={peer}: the gate panicked; its connection is closed");
-            }
+        let thread = spawn("client", move || {
+            // After a panic the connection is closed, and its place free, as after any other end.
+            let _ = catch_unwind(AssertUnwindSafe(|| gate.converse(number, socket, peer)));
             lock(&gate.connections).remove(&number);
             gate.freed.notify_all();
         });
-        if served.is_err() {
+        if thread.is_err() {
             lock(&self.connections).remove(&number);
         }
-        served.map(drop)
+        thread.map(drop)
     }
 
     /// One client connection, from handshake to close: a head, an exchange, a verdict, again.
@@ -463,20 +395,13 @@ impl Gate {
         if let Some(tls) = &self.tls
             && let Err(e) = stream.handshake(tls.clone())
         {
-            debug!("peer={peer} TLS handshake: {e}");
-            return;
+            return debug!("peer={peer} TLS handshake: {e}");
         }
         while self.turn(number, true) {
             let verdict = match stream.read_head() {
                 Ok(Some(head)) if self.turn(number, false) => self.exchange(stream, head, peer),
                 Ok(_) => return,
-                Err(refusal) => {
-                    let mut access = Access::new(peer, Instant::now());
-                    access.refused(&refusal);
-                    access.bytes = stream.refuse(&refusal, false, true).unwrap_or(0);
-                    access.log();
-                    Verdict::Linger(stream)
-                }
+                Err(reply) => conclude(stream, Access::new(peer), Err(reply.into()), true),
             };
             match verdict {
                 Verdict::Next(next) => stream = next,
@@ -486,75 +411,54 @@ impl Gate {
         }
     }
 
-    /// Notes whether a connection is idle; false when it has been closed to make room, or is to
-    /// end because the program does.
+    /// Notes whether a connection is idle; false when it was closed to make room, or is to end
+    /// because the program does.
     fn turn(&self, number: u64, idle: bool) -> bool {
         let mut connections = lock(&self.connections);
-        if idle && self.stopping.load(Ordering::SeqCst) {
-            return false;
-        }
+        let stopping = idle && self.stopping.load(Ordering::SeqCst);
         let Some(connection) = connections.get_mut(&number) else {
             return false;
         };
         connection.idle = idle.then(Instant::now);
-        drop(connections);
-        if idle {
-            self.freed.notify_all();
-        }
-        true
+        !stopping
     }
 
     /// One request: answered here, or by a worker to whom the stream is lent.
-    fn exchange(&self, mut stream: Stream, head: Head, peer: SocketAddr) -> Verdict {
-        let started = Instant::now();
-        let mut access = Access::new(peer, started);
+    fn exchange(&self, stream: Stream, head: Head, peer: SocketAddr) -> Verdict {
+        let mut access = Access::new(peer);
         access.method = head.method.clone();
         access.path = head.path().to_owned();
-        let last = head.facts.close || head.facts.framing != Framing::Empty;
-        let outcome = if is_health(&head.method, head.path()) {
-            let answer = self.proxy.health();
-            access.status = 200;
-            stream.answer(&answer, head.method == "HEAD", last)
-        } else {
-            match self.inner.exchange(stream, &head, peer, started) {
-                Ok(verdict) => return verdict,
-                Err((returned, refusal)) => {
-                    stream = *returned;
-                    access.refused(&refusal);
-                    stream.refuse(&refusal, head.method == "HEAD", last)
-                }
-            }
-        };
-        match outcome {
-            Ok(bytes) => access.bytes = bytes,
-            Err(e) => access.ended = Some(format!("write to the client: {e}")),
+        let last = head.close || head.framing != Framing::Empty;
+        if is_health(&head.method, head.path()) {
+            let health = Reply::new(200, self.proxy.health());
+            return conclude(stream, access, Err(health.into()), last);
         }
-        access.first = Some(started.elapsed());
-        let broken = access.ended.is_some();
-        access.log();
-        match (broken, last) {
-            (true, _) => Verdict::Broken,
-            (false, true) => Verdict::Linger(stream),
-            (false, false) => Verdict::Next(stream),
+        match self.inner.exchange(stream, head, peer) {
+            Ok(verdict) => verdict,
+            Err((stream, reply)) => conclude(*stream, access, Err(reply.into()), last),
         }
     }
 
     /// Closes idle connections and waits for the busy ones.
     fn drain(&self, deadline: Instant) {
+        self.stopping.store(true, Ordering::SeqCst);
         self.close_idle(usize::MAX);
         let mut connections = lock(&self.connections);
-        while connections.values().any(|c| c.idle.is_none()) {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                warn!(
-                    "{} requests were still running and are cut short",
-                    connections.len()
-                );
-                break;
-            }
-            connections = wait(&self.freed, connections, left);
+        while !connections.is_empty() && !left_until(deadline).is_zero() {
+            connections = wait(&self.freed, connections, left_until(deadline));
+        }
+        if !connections.is_empty() {
+            warn!("{} requests still ran and are cut short", connections.len());
         }
         self.inner.remove();
+    }
+}
+
+fn is_health(method: &str, path: &str) -> bool {
+    match method {
+        "GET" => path == "/healthz",
+        "HEAD" => matches!(path, "/healthz" | "/" | "/claude" | "/chatgpt"),
+        _ => false,
     }
 }
 
@@ -567,19 +471,21 @@ struct Inner {
     folder: Option<PathBuf>,
     exchanges: Arc<Exchanges>,
     /// How long a request waits for a permit: `request_timeout`.
-    wait: Duration,
+    patience: Duration,
     /// Those not checked out; `None` is one that must be opened anew.
     idle: Mutex<Vec<Option<UnixStream>>>,
     freed: Condvar,
 }
 
 /// Parked exchanges by number, each with the only sender of its verdict. One without an
-/// exchange proves an inner connection: that a worker has taken it is all its sender tells.
+/// exchange proves an inner connection: that a worker took it is all its sender tells.
 #[derive(Default)]
 struct Exchanges {
     last: AtomicU64,
-    parked: Mutex<HashMap<u64, (Option<Exchange>, Sender<Verdict>)>>,
+    parked: Mutex<HashMap<u64, Parked>>,
 }
+
+type Parked = (Option<Exchange>, Sender<Verdict>);
 
 impl Exchanges {
     fn park(&self, exchange: Option<Exchange>) -> (u64, Receiver<Verdict>) {
@@ -589,51 +495,66 @@ impl Exchanges {
         (number, receiver)
     }
 
-    fn take(&self, number: u64) -> Option<(Option<Exchange>, Sender<Verdict>)> {
+    fn take(&self, number: u64) -> Option<Parked> {
         lock(&self.parked).remove(&number)
     }
 }
 
 impl Inner {
+    fn open(config: &Config, workers: usize, proxy: &Arc<Proxy>) -> io::Result<Inner> {
+        let (listener, path, folder) = inner_listener(&config.state_dir)?;
+        let exchanges = Arc::new(Exchanges::default());
+        let server = tiny_http::Server::from_listener(listener, None).map_err(io::Error::other)?;
+        serve(Arc::new(server), workers, &exchanges, proxy)?;
+        let (patience, freed) = (config.request_timeout, Condvar::new());
+        let inner = Inner {
+            path,
+            folder,
+            exchanges,
+            patience,
+            idle: Mutex::default(),
+            freed,
+        };
+        for _ in 0..workers {
+            let connection = inner.connect()?;
+            lock(&inner.idle).push(Some(connection));
+        }
+        Ok(inner)
+    }
+
     /// Lends the stream to a worker and returns its verdict, or gives the stream back with a
-    /// refusal when no worker came free, or tiny_http lost the head.
+    /// reply when no worker came free, or tiny_http lost the head.
     fn exchange(
         &self,
         stream: Stream,
-        head: &Head,
+        head: Head,
         peer: SocketAddr,
-        started: Instant,
-    ) -> Result<Verdict, (Box<Stream>, Refusal)> {
+    ) -> Result<Verdict, (Box<Stream>, Reply)> {
         let Some(mut permit) = self.permit() else {
-            return Err((Box::new(stream), Refusal::busy(self.wait)));
+            let waited = humantime::format_duration(self.patience);
+            let message = format!("all workers were busy for {waited}; raise `workers`, or wait");
+            let busy = Reply::new(503, message).retry_after(Duration::from_secs(1));
+            return Err((Box::new(stream), busy));
         };
-        let exchange = Exchange::new(stream, head.facts.clone(), peer, started);
-        let (number, verdict) = self.exchanges.park(Some(exchange));
-        let sent = permit
-            .connect()
-            .and_then(|mut c| c.write_all(&head.inner(number)));
-        let picked_up = sent.map_err(|e| e.to_string()).and_then(|()| {
-            match verdict.recv_timeout(PICKUP_TIME) {
-                Err(mpsc::RecvTimeoutError::Timeout) => Err("no worker picked the head up".into()),
-                verdict => Ok(verdict.unwrap_or(Verdict::Broken)),
-            }
-        });
-        match (picked_up, self.exchanges.take(number)) {
-            (Ok(verdict), _) => Ok(verdict),
-            (Err(_), None) => Ok(verdict.recv().unwrap_or(Verdict::Broken)),
-            (Err(why), Some((exchange, _))) => {
-                error!("inner connection: {why}; it is replaced");
-                permit.connection = None;
-                match exchange {
-                    Some(exchange) => Err((Box::new(exchange.stream), Refusal::internal())),
-                    None => Ok(Verdict::Broken),
-                }
-            }
+        let text = head.inner();
+        let (number, verdict) = self.exchanges.park(Some(Exchange::new(stream, head, peer)));
+        let sent = permit.send(number, &text);
+        if sent.is_ok()
+            && let Ok(verdict) = verdict.recv_timeout(PICKUP_TIME)
+        {
+            return Ok(verdict);
         }
+        // Late, not sent, or broken: if the exchange is gone, a worker has it.
+        let Some((Some(exchange), _)) = self.exchanges.take(number) else {
+            return Ok(verdict.recv().unwrap_or(Verdict::Broken));
+        };
+        error!("tiny_http lost a head ({sent:?}); its inner connection is replaced");
+        permit.connection = None;
+        Err((Box::new(exchange.stream), Reply::internal()))
     }
 
     fn permit(&self) -> Option<Permit<'_>> {
-        let deadline = Instant::now() + self.wait;
+        let deadline = Instant::now() + self.patience;
         let mut idle = lock(&self.idle);
         loop {
             if let Some(connection) = idle.pop() {
@@ -642,15 +563,14 @@ impl Inner {
                     connection,
                 });
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if left_until(deadline).is_zero() {
                 return None;
             }
-            idle = wait(&self.freed, idle, left);
+            idle = wait(&self.freed, idle, left_until(deadline));
         }
     }
 
-    /// Opens an inner connection and sends a head on it that a worker must pick up.
+    /// Opens an inner connection and proves it: a worker must pick up a head that came over it.
     fn connect(&self) -> io::Result<UnixStream> {
         let mut connection = UnixStream::connect(&self.path)?;
         connection.set_write_timeout(Some(PICKUP_TIME))?;
@@ -662,18 +582,14 @@ impl Inner {
         let outcome = taken.recv_timeout(PICKUP_TIME);
         self.exchanges.take(number);
         match outcome {
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                Err(io::Error::other("a new inner connection was not picked up"))
-            }
+            Err(RecvTimeoutError::Timeout) => Err(io::Error::other("no worker picked a head up")),
             _ => Ok(connection),
         }
     }
 
     fn remove(&self) {
         let _ = fs::remove_file(&self.path);
-        if let Some(folder) = &self.folder {
-            let _ = fs::remove_dir(folder);
-        }
+        let _ = self.folder.as_ref().map(fs::remove_dir);
     }
 }
 
@@ -683,12 +599,15 @@ struct Permit<'a> {
 }
 
 impl Permit<'_> {
-    fn connect(&mut self) -> io::Result<&UnixStream> {
+    fn send(&mut self, number: u64, (line, fields): &(String, String)) -> io::Result<()> {
         let connection = match self.connection.take() {
             Some(connection) => connection,
             None => self.inner.connect()?,
         };
-        Ok(self.connection.insert(connection))
+        let head = format!("{line}\r\n{EXCHANGE}: {number}\r\n{fields}\r\n");
+        self.connection
+            .insert(connection)
+            .write_all(head.as_bytes())
     }
 }
 
@@ -699,47 +618,46 @@ impl Drop for Permit<'_> {
     }
 }
 
-/// Where the inner socket lives: in `state_dir`, or in a private temporary folder where that is
-/// read-only or its path too long for a socket address (107 bytes, unix(7)).
-fn inner_path(state_dir: &Path) -> Result<(PathBuf, Option<PathBuf>), Error> {
+/// The inner socket: in `state_dir`, or in a private temporary folder where that is read-only or
+/// its path too long for a socket address (107 bytes, unix(7)).
+fn inner_listener(state_dir: &Path) -> io::Result<(UnixListener, PathBuf, Option<PathBuf>)> {
     let path = state_dir.join("inner.sock");
-    let _ = fs::remove_file(&path);
-    if path.as_os_str().len() < 100 && UnixListener::bind(&path).is_ok() {
-        let _ = fs::remove_file(&path);
-        return Ok((path, None));
+    let _ = fs::remove_file(&path); // left behind by kill -9; the claim says that it is ours
+    if let Ok(listener) = UnixListener::bind(&path) {
+        return Ok((listener, path, None));
     }
     let folder = std::env::temp_dir().join(format!("ai-mux-{}", std::process::id()));
-    let _ = fs::remove_file(folder.join("inner.sock")).and_then(|()| fs::remove_dir(&folder));
-    match DirBuilder::new().mode(0o700).create(&folder) {
-        Ok(()) => Ok((folder.join("inner.sock"), Some(folder))),
-        Err(e) => Err(Error::start(format!("create {}: {e}", folder.display()))),
-    }
+    let path = folder.join("inner.sock");
+    let _ = fs::remove_file(&path).and_then(|()| fs::remove_dir(&folder));
+    DirBuilder::new().mode(0o700).create(&folder)?;
+    Ok((UnixListener::bind(&path)?, path, Some(folder)))
 }
 
 /// Raises the descriptor limit if it may, and says what it carries: (workers, connections).
-fn descriptors(workers: usize) -> Result<(usize, usize), Error> {
+fn descriptors(wanted: u64) -> Result<(usize, usize), Error> {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let wanted = workers as u64;
-    let need = SPARE_DESCRIPTORS + wanted * (WORKER_DESCRIPTORS + 1) + SPARE_CONNECTIONS;
-    let limits = getrlimit(Resource::Nofile);
-    let hard = limits.maximum.unwrap_or(u64::MAX);
-    let mut limit = limits.current.unwrap_or(u64::MAX);
-    let raised = Rlimit {
-        current: Some(need.min(hard)),
-        maximum: limits.maximum,
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let full = SPARE_DESCRIPTORS + wanted * (WORKER_DESCRIPTORS + 1) + SPARE_CONNECTIONS;
+    let raised = full.min(maximum.unwrap_or(u64::MAX));
+    let mut limit = current.unwrap_or(u64::MAX);
+    let rlimit = Rlimit {
+        current: Some(raised),
+        maximum,
     };
-    if limit < need.min(hard) && setrlimit(Resource::Nofile, raised).is_ok() {
-        limit = need.min(hard);
+    if limit < raised && setrlimit(Resource::Nofile, rlimit).is_ok() {
+        limit = raised;
     }
     let carried = limit.saturating_sub(SPARE_DESCRIPTORS) / (WORKER_DESCRIPTORS + 1);
     let workers = wanted.min(carried);
     if workers == 0 {
-        let message =
-            format!("the limit of {limit} open files is too low to start with; 64 is the least");
-        return Err(Error::start(message));
+        let least = SPARE_DESCRIPTORS + WORKER_DESCRIPTORS + 1;
+        return Err(Error::start(
+            format!("open files are limited to {limit}"),
+            format!("at least {least} are needed"),
+        ));
     }
     if workers < wanted {
-        warn!("the limit of {limit} open files carries {workers} workers instead of {wanted}");
+        warn!("the limit of {limit} open files carries {workers} workers, not {wanted}");
     }
     let rest = limit - SPARE_DESCRIPTORS - workers * WORKER_DESCRIPTORS;
     Ok((
@@ -750,29 +668,30 @@ fn descriptors(workers: usize) -> Result<(usize, usize), Error> {
 
 /// All listeners of `listen`: for `:PORT` both families, where one socket does not serve both.
 fn listen(address: &str) -> Result<Vec<TcpListener>, Error> {
-    let failed = |e: io::Error| Error::start(format!("listen on {address}: {e}"));
-    let mut addresses: Vec<SocketAddr> = match address.strip_prefix(':') {
-        Some(port) => [format!("[::]:{port}"), format!("0.0.0.0:{port}")]
-            .iter()
-            .filter_map(|a| a.parse().ok())
-            .collect(),
-        None => address.to_socket_addrs().map_err(failed)?.collect(),
+    let failed = |e| Error::start(format!("listen on {address}"), e);
+    let hosts = if address.starts_with(':') {
+        vec!["[::]", "0.0.0.0"]
+    } else {
+        vec![""]
     };
-    let mut listeners: Vec<TcpListener> = Vec::new();
-    let mut trouble = io::Error::other("the name has no address");
-    for address in &mut addresses {
-        if let (0, Some(Ok(first))) = (
-            address.port(),
-            listeners.first().map(TcpListener::local_addr),
-        ) {
-            address.set_port(first.port());
-        }
-        match TcpListener::bind(*address) {
-            Ok(listener) => {
-                listener.set_nonblocking(true).map_err(failed)?;
-                listeners.push(listener);
+    let (mut listeners, mut port, mut trouble) = (Vec::new(), None, ErrorKind::NotFound.into());
+    for host in hosts {
+        for mut address in format!("{host}{address}")
+            .to_socket_addrs()
+            .map_err(failed)?
+        {
+            address.set_port(port.unwrap_or(address.port()));
+            let bound = TcpListener::bind(address).and_then(|listener| {
+                listener.set_nonblocking(true)?;
+                Ok((listener.local_addr()?.port(), listener))
+            });
+            match bound {
+                Ok((number, listener)) => {
+                    port = Some(number);
+                    listeners.push(listener);
+                }
+                Err(e) => trouble = e,
             }
-            Err(e) => trouble = e,
         }
     }
     if listeners.is_empty() {
@@ -788,40 +707,37 @@ struct Renewal(Mutex<Arc<CertifiedKey>>);
 
 impl Renewal {
     fn start(files: &TlsFiles) -> Result<Arc<rustls::ServerConfig>, Error> {
-        let stamps = |files: &TlsFiles| (Stamp::of(&files.cert), Stamp::of(&files.key));
-        let mut seen = stamps(files);
+        let mut seen = files.stamps();
         let pair = files
             .load()
-            .map_err(|e| Error::config(format!("tls: {e}")))?;
+            .map_err(|e| Error::config(format!("tls.{e}")))?;
         let renewal = Arc::new(Renewal(Mutex::new(pair)));
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut config = rustls::ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
-            .map_err(|e| Error::start(format!("TLS: {e}")))?
+            .map_err(|e| Error::start("TLS", e))?
             .with_no_client_auth()
             .with_cert_resolver(renewal.clone());
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         let files = files.clone();
-        let look = move || {
-            loop {
-                thread::sleep(RENEWAL_CHECK);
-                let now = stamps(&files);
-                if now != seen {
-                    match files.load() {
-                        Ok(pair) => {
-                            *lock(&renewal.0) = pair;
-                            info!(
-                                "tls: the new certificate of {} is in use",
-                                files.cert.display()
-                            );
-                        }
-                        Err(e) => error!("tls: {e}; the old certificate stays in use"),
+        let look = move || loop {
+            thread::sleep(RENEWAL_CHECK);
+            let now = files.stamps();
+            if std::mem::replace(&mut seen, now) != now {
+                match files.load() {
+                    Ok(pair) => *lock(&renewal.0) = pair,
+                    Err(e) => {
+                        error!("tls.{e}; the old certificate stays in use");
+                        continue;
                     }
-                    seen = now;
                 }
+                info!(
+                    "tls: the new certificate in {} is in use",
+                    files.cert.display()
+                );
             }
         };
-        spawn("renewal", look).map_err(|e| Error::start(format!("start a thread: {e}")))?;
+        spawn("renewal", look).map_err(|e| Error::start("start a thread", e))?;
         Ok(Arc::new(config))
     }
 }
@@ -832,27 +748,21 @@ impl rustls::server::ResolvesServerCert for Renewal {
     }
 }
 
-// ─── head ────────────────────────────────────────────────────────────────────────────────────
-// In: the bytes of one head. Out: its parts, checked (RFC 9112 sections 2 to 6), or a refusal.
+// ─── gate: the head ──────────────────────────────────────────────────────────────────────────
+// In: the bytes of one head. Out: its parts, checked (RFC 9112 sections 2 to 6), or a reply.
 // What is accepted here, tiny_http reads the same way: no control characters, no bare LF, no
 // folding, one length. Stricter than the RFC where a lenient reading could differ from ours.
 
 /// The field that carries an exchange's number inside; no client may send it.
 const EXCHANGE: &str = "x-ai-mux-exchange";
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Head {
     method: String,
     /// Origin form, as sent: path and query.
     target: String,
     /// As sent, values trimmed; without the fields that the gate itself acts upon.
     fields: Vec<(String, String)>,
-    facts: Facts,
-}
-
-/// What a head says about its own connection: for the gate and the worker, not for upstream.
-#[derive(Debug, Clone, Default, PartialEq)]
-struct Facts {
     http10: bool,
     framing: Framing,
     expect: bool,
@@ -872,224 +782,152 @@ enum Framing {
 }
 
 /// The length of the head at the start of `bytes`, its empty line included, once it is there.
-/// `from` is where the search goes on: everything before it has been searched.
-fn head_end(bytes: &[u8], from: usize) -> Result<Option<usize>, Refusal> {
+/// What stands before `from` has been searched already.
+fn head_end(bytes: &[u8], from: usize) -> Result<Option<usize>, Reply> {
     let mut start = bytes[..from]
         .iter()
         .rposition(|b| *b == b'\n')
         .map_or(0, |at| at + 1);
-    for (at, _) in bytes
-        .iter()
-        .enumerate()
-        .skip(from)
-        .filter(|(_, b)| **b == b'\n')
-    {
-        if at == 0 || bytes[at - 1] != b'\r' {
-            return Err(Refusal::malformed("a line of the head ends in a bare LF"));
+    for at in from..bytes.len() {
+        let fine = match bytes[at] {
+            b'\n' => at > 0 && bytes[at - 1] == b'\r',
+            byte => {
+                matches!(byte, b'\t' | b'\r' | b' '..=b'~') && (at == 0 || bytes[at - 1] != b'\r')
+            }
+        };
+        if !fine {
+            return Err(malformed(
+                "the head has a byte that is no plain ASCII, or a bare CR or LF",
+            ));
         }
-        if at - start == 1 {
-            return Ok(Some(at + 1));
+        if at - start > LINE_SIZE || at > HEAD_SIZE {
+            return Err(head_too_large());
         }
-        if at - start > LINE_SIZE {
-            return Err(Refusal::head_too_large("a line of it", LINE_SIZE));
+        if bytes[at] == b'\n' {
+            if at - start == 1 {
+                return Ok(Some(at + 1));
+            }
+            start = at + 1;
         }
-        start = at + 1;
     }
-    match (bytes.len() - start > LINE_SIZE, bytes.len() > HEAD_SIZE) {
-        (true, _) => Err(Refusal::head_too_large("a line of it", LINE_SIZE)),
-        (_, true) => Err(Refusal::head_too_large("it", HEAD_SIZE)),
-        _ => Ok(None),
-    }
+    Ok(None)
 }
 
 impl Head {
-    fn parse(bytes: &[u8]) -> Result<Head, Refusal> {
-        let malformed = Refusal::malformed;
-        if bytes.len() > HEAD_SIZE {
-            return Err(Refusal::head_too_large("it", HEAD_SIZE));
+    fn parse(bytes: &[u8]) -> Result<Head, Reply> {
+        let mut fields = [httparse::EMPTY_HEADER; FIELD_COUNT];
+        let mut request = httparse::Request::new(&mut fields);
+        match request.parse(bytes) {
+            Ok(httparse::Status::Complete(length)) if length == bytes.len() => {}
+            Ok(_) => return Err(malformed("the head has no request line")),
+            Err(httparse::Error::TooManyHeaders) => return Err(head_too_large()),
+            Err(e) => return Err(malformed(&format!("the head: {e}"))),
         }
-        let text = std::str::from_utf8(bytes).ok().filter(|t| t.is_ascii());
-        let text = text.ok_or_else(|| malformed("the head is not ASCII"))?;
-        let mut lines = text.split("\r\n").take_while(|line| !line.is_empty());
-        let (method, target, http10) = request_line(lines.next().unwrap_or_default())?;
+        let (method, target) = (request.method.unwrap_or(""), request.path.unwrap_or(""));
+        check_request_line(method, target)?;
+        let http10 = request.version == Some(0);
         let mut head = Head {
-            method,
-            target,
-            fields: Vec::new(),
-            facts: Facts {
-                http10,
-                close: http10,
-                ..Facts::default()
-            },
+            http10,
+            close: http10,
+            ..Head::default()
         };
-        let mut fields = Fields::default();
-        for (count, line) in lines.enumerate() {
-            if count == FIELD_COUNT {
-                return Err(Refusal::head_too_large(
-                    "the number of its fields",
-                    FIELD_COUNT,
-                ));
-            }
-            let (name, value) = field(line)?;
-            head.field(name, value, &mut fields)?;
+        (head.method, head.target) = (method.to_owned(), target.to_owned());
+        let mut hosts = 0;
+        for field in request.headers.iter() {
+            let value = std::str::from_utf8(field.value).unwrap_or_default(); // ASCII: see head_end
+            hosts += usize::from(field.name.eq_ignore_ascii_case("host"));
+            head.field(field.name, value.trim_matches([' ', '\t']))?;
         }
-        match (fields.hosts, http10) {
-            (1, _) | (0, true) => {}
-            (0, false) => return Err(malformed("there is no Host")),
-            _ => return Err(malformed("there is more than one Host")),
+        if hosts > 1 || (hosts == 0 && !http10) {
+            return Err(malformed("there is not one Host"));
         }
-        head.facts.framing = match (fields.length, fields.chunked) {
-            (Some(_), true) => {
-                return Err(malformed(
-                    "Content-Length and Transfer-Encoding are both given",
-                ));
-            }
-            (None, true) if http10 => return Err(malformed("HTTP/1.0 has no Transfer-Encoding")),
-            (None, true) => Framing::Chunked,
-            (Some(length), false) => Framing::Sized(length),
-            (None, false) => Framing::Empty,
-        };
-        let bodied = !matches!(head.facts.framing, Framing::Empty | Framing::Sized(0));
-        if bodied && head.method == "HEAD" {
-            return Err(malformed("HEAD has no body"));
+        let bodied = !matches!(head.framing, Framing::Empty | Framing::Sized(0));
+        if bodied && head.method == "HEAD" || http10 && head.framing == Framing::Chunked {
+            return Err(malformed("a body where none can be"));
         }
-        head.facts.expect &= bodied && !http10;
+        head.expect &= bodied && !http10;
         Ok(head)
     }
 
-    /// Takes one checked field: to keep, or to act upon.
-    fn field(&mut self, name: &str, value: &str, seen: &mut Fields) -> Result<(), Refusal> {
-        let malformed = |why| Err(Refusal::malformed(why));
-        let lower = name.to_ascii_lowercase();
-        match lower.as_str() {
-            EXCHANGE => return malformed("x-ai-mux-exchange is not for clients"),
+    /// Takes one field: to keep, or to act upon.
+    fn field(&mut self, name: &str, value: &str) -> Result<(), Reply> {
+        let mut items = value.split(',').map(|item| item.trim_matches([' ', '\t']));
+        match name.to_ascii_lowercase().as_str() {
+            EXCHANGE => return Err(malformed("x-ai-mux-exchange is not for clients")),
+            "content-length" | "transfer-encoding" if self.framing != Framing::Empty => {
+                return Err(malformed("the body's length is given more than once"));
+            }
             "content-length" => {
-                if seen.length.is_some() {
-                    return malformed("Content-Length is given more than once");
-                }
                 if value.is_empty() || !value.bytes().all(|b| b.is_ascii_digit()) {
-                    return malformed("Content-Length is not a number");
+                    return Err(malformed("Content-Length is not a number"));
                 }
-                seen.length = Some(value.parse().unwrap_or(u64::MAX));
+                self.framing = Framing::Sized(value.parse().unwrap_or(u64::MAX));
             }
             "transfer-encoding" => {
-                if seen.chunked || !value.eq_ignore_ascii_case("chunked") {
-                    return malformed("Transfer-Encoding is not just \"chunked\"");
+                if !value.eq_ignore_ascii_case("chunked") {
+                    return Err(malformed("Transfer-Encoding is not just \"chunked\""));
                 }
-                seen.chunked = true;
+                self.framing = Framing::Chunked;
             }
             "connection" => {
-                let names = value
-                    .split(',')
-                    .map(|n| n.trim_matches([' ', '\t']).to_ascii_lowercase());
-                self.facts.nominated.extend(names.filter(|n| !n.is_empty()));
-                self.facts.close |= self.facts.nominated.iter().any(|n| n == "close");
+                self.nominated.extend(items.map(str::to_ascii_lowercase));
+                self.close |= self.nominated.iter().any(|name| name == "close");
             }
-            "expect" => self.facts.expect |= value.eq_ignore_ascii_case("100-continue"),
-            "upgrade" => {
-                self.facts.websocket |= value
-                    .split(',')
-                    .any(|p| p.trim().eq_ignore_ascii_case("websocket"));
+            "expect" => self.expect |= value.eq_ignore_ascii_case("100-continue"),
+            "upgrade" => self.websocket |= items.any(|i| i.eq_ignore_ascii_case("websocket")),
+            "host"
+                if !value
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b"-._~:[]%".contains(&b)) =>
+            {
+                return Err(malformed("Host is not a host"));
             }
-            _ => {
-                if lower == "host" {
-                    seen.hosts += 1;
-                    if !value
-                        .bytes()
-                        .all(|b| b.is_ascii_alphanumeric() || b"-._:[]%~".contains(&b))
-                    {
-                        return malformed("Host is not a host");
-                    }
-                }
-                self.fields.push((name.to_owned(), value.to_owned()));
-            }
+            _ => self.fields.push((name.to_owned(), value.to_owned())),
         }
         Ok(())
     }
 
     fn path(&self) -> &str {
-        self.target.split('?').next().unwrap_or_default()
+        path_of(&self.target)
     }
 
-    /// The head as tiny_http gets it: written anew, from checked parts only.
-    fn inner(&self, number: u64) -> Vec<u8> {
-        let mut text = format!(
-            "{} {} HTTP/1.1\r\n{EXCHANGE}: {number}\r\n",
-            self.method, self.target
-        );
+    /// The head as tiny_http gets it, written anew from checked parts: the request line, and the
+    /// fields, between which its number goes.
+    fn inner(&self) -> (String, String) {
+        let mut fields = String::new();
         for (name, value) in &self.fields {
-            let _ = write!(text, "{name}: {value}\r\n"); // writing to a String cannot fail
+            let _ = write!(fields, "{name}: {value}\r\n"); // writing to a String cannot fail
         }
-        text.push_str("\r\n");
-        text.into_bytes()
+        (format!("{} {} HTTP/1.1", self.method, self.target), fields)
     }
 }
 
-#[derive(Default)]
-struct Fields {
-    length: Option<u64>,
-    chunked: bool,
-    hosts: usize,
+fn path_of(target: &str) -> &str {
+    target.split('?').next().unwrap_or_default()
 }
 
-/// RFC 9112 section 3, origin form only; method, target, and whether it is HTTP/1.0.
-fn request_line(line: &str) -> Result<(String, String, bool), Refusal> {
-    let malformed = |why| Err(Refusal::malformed(why));
-    let mut parts = line.split(' ');
-    let (Some(method), Some(target), Some(version), None) =
-        (parts.next(), parts.next(), parts.next(), parts.next())
-    else {
-        return malformed("the request line is not: method, target, version");
-    };
-    let http10 = match version {
-        "HTTP/1.1" => false,
-        "HTTP/1.0" => true,
-        _ => return malformed("the version is neither HTTP/1.1 nor HTTP/1.0"),
-    };
-    let upper = |b: u8| b.is_ascii_uppercase() || b == b'-';
-    if method.is_empty() || method.len() > 32 || !method.bytes().all(upper) {
-        return malformed("the method is not a word of capital letters");
-    }
+/// A method in capitals, a target in origin form (RFC 9112 section 3).
+fn check_request_line(method: &str, target: &str) -> Result<(), Reply> {
     // TRACE would have the upstream send our token back to the client.
-    if method == "TRACE" || method == "CONNECT" {
-        return malformed("TRACE and CONNECT are not for proxies like this one");
+    let known = !matches!(method, "TRACE" | "CONNECT") && method.len() <= 32;
+    if !known || !method.bytes().all(|b| b.is_ascii_uppercase() || b == b'-') {
+        return Err(malformed("the method is not one that can be passed on"));
     }
     if !target.starts_with('/') {
-        return malformed("the target is not a path; absolute URLs are not for this proxy");
+        return Err(malformed(
+            "the target is not a path; a whole URL is for other proxies",
+        ));
     }
-    // What http::Uri takes; '#' would begin a fragment.
-    let plain = |b: u8| matches!(b, 0x21 | 0x24..=0x3b | 0x3d | 0x3f..=0x7e);
-    if !target.bytes().all(plain) {
-        return malformed("the target has a character that must be percent-encoded");
+    // What http::Uri takes in a query; '#' would begin a fragment.
+    if !target
+        .bytes()
+        .all(|b| matches!(b, 0x21 | 0x24..=0x3b | 0x3d | 0x3f..=0x7e))
+    {
+        return Err(malformed(
+            "the target has a character that must be percent-encoded",
+        ));
     }
-    Ok((method.to_owned(), target.to_owned(), http10))
-}
-
-/// RFC 9112 section 5: a token, a colon, a value of visible characters, spaces and tabs.
-fn field(line: &str) -> Result<(&str, &str), Refusal> {
-    let malformed = |why| Err(Refusal::malformed(why));
-    let Some((name, value)) = line.split_once(':') else {
-        return malformed("a header line has no colon");
-    };
-    if line.starts_with([' ', '\t']) {
-        return malformed("a header line is folded");
-    }
-    let token = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
-    if name.is_empty() || !name.bytes().all(token) {
-        return malformed("a header name has a character that names cannot have");
-    }
-    if !value.bytes().all(|b| matches!(b, b'\t' | b' '..=b'~')) {
-        return malformed("a header value has a control character");
-    }
-    Ok((name, value.trim_matches([' ', '\t'])))
-}
-
-fn is_health(method: &str, path: &str) -> bool {
-    match method {
-        "GET" => path == "/healthz",
-        "HEAD" => matches!(path, "/healthz" | "/" | "/claude" | "/chatgpt"),
-        _ => false,
-    }
+    Ok(())
 }
 
 // ─── server ──────────────────────────────────────────────────────────────────────────────────
@@ -1097,22 +935,20 @@ fn is_health(method: &str, path: &str) -> bool {
 // line in the access log. A panic in the handler ends here: it costs an answer, not a worker.
 
 fn serve(
-    server: tiny_http::Server,
+    server: Arc<tiny_http::Server>,
     workers: usize,
     exchanges: &Arc<Exchanges>,
     proxy: &Arc<Proxy>,
 ) -> io::Result<()> {
-    let server = Arc::new(server);
     for _ in 0..workers {
         let (server, exchanges, proxy) = (server.clone(), exchanges.clone(), proxy.clone());
-        spawn("worker", move || {
-            loop {
-                match server.recv() {
-                    Ok(request) => work(request, &exchanges, &proxy),
-                    Err(e) => error!("tiny_http: {e}"),
-                }
+        let work = move || loop {
+            match server.recv() {
+                Ok(request) => work(request, &exchanges, &proxy),
+                Err(e) => error!("tiny_http: {e}"),
             }
-        })?;
+        };
+        spawn("worker", work)?;
     }
     Ok(())
 }
@@ -1124,21 +960,32 @@ fn work(request: tiny_http::Request, exchanges: &Exchanges, proxy: &Proxy) {
         .filter(|h| h.field.equiv(EXCHANGE));
     let number = number.and_then(|h| h.value.as_str().parse().ok());
     if let Some((Some(mut exchange), verdict)) = number.and_then(|n| exchanges.take(n)) {
-        let mut access = Access::new(exchange.peer, exchange.started);
+        let mut access = Access::new(exchange.peer);
+        access.started = exchange.started;
         access.method = request.method().as_str().to_owned();
-        access.path = request
-            .url()
-            .split('?')
-            .next()
-            .unwrap_or_default()
-            .to_owned();
+        access.path = path_of(request.url()).to_owned();
         let outcome = fence(&mut access, |access| {
             handle(proxy, &request, &mut exchange, access)
         });
-        // The gate may have gone with the process; then nobody needs the verdict.
-        let _ = verdict.send(conclude(outcome, exchange, &mut access));
+        let last = exchange.head.close || exchange.unread();
+        // The gate may be gone with the program; then nobody needs the verdict.
+        let _ = verdict.send(conclude(exchange.stream, access, outcome, last));
     }
     drop(request.into_writer());
+}
+
+/// Why a request has no answer, or no whole one, from upstream.
+enum Fault {
+    /// Nothing was sent yet: the client is told.
+    Reply(Reply),
+    /// The answer had begun, or there is nobody to answer: the reason, for the log.
+    Broken(String),
+}
+
+impl From<Reply> for Fault {
+    fn from(reply: Reply) -> Fault {
+        Fault::Reply(reply)
+    }
 }
 
 /// Turns a panic into a fault: 500 if nothing was sent yet, else a broken answer.
@@ -1148,47 +995,37 @@ fn fence(
 ) -> Result<(), Fault> {
     match catch_unwind(AssertUnwindSafe(|| work(access))) {
         Ok(outcome) => outcome,
-        Err(_) if access.status == 0 => Err(Fault::Refused(Refusal::internal())),
+        Err(_) if access.status == 0 => Err(Reply::internal().into()),
         Err(_) => Err(Fault::Broken("a fault of ai-mux (panic)".into())),
     }
 }
 
-fn conclude(outcome: Result<(), Fault>, mut exchange: Exchange, access: &mut Access) -> Verdict {
-    let mut last = exchange.facts.close || exchange.unread();
+/// Says what is still to be said, writes the log line, and judges what becomes of the stream.
+fn conclude(
+    mut stream: Stream,
+    mut access: Access,
+    outcome: Result<(), Fault>,
+    mut last: bool,
+) -> Verdict {
     let outcome = match outcome {
-        Err(Fault::Refused(refusal)) => {
-            access.refused(&refusal);
-            last |= refusal.status == 401;
-            exchange
-                .stream
-                .refuse(&refusal, access.method == "HEAD", last)
-                .map(|n| access.bytes = n)
-        }
-        Err(Fault::Broken(why)) => Err(io::Error::other(why)),
         Ok(()) => Ok(()),
+        Err(Fault::Broken(why)) => Err(why),
+        Err(Fault::Reply(reply)) => {
+            last |= reply.status == 401;
+            access.reply(&reply);
+            let bytes = reply.to_bytes(access.method == "HEAD", last);
+            stream
+                .write_piece(&bytes)
+                .map_err(|e| format!("the client went away: {e}"))
+        }
     };
-    if let Err(e) = &outcome {
-        access.ended = Some(e.to_string());
-    }
+    let broken = outcome.is_err();
+    access.ended = outcome.err().or(access.ended);
     access.log();
-    match (outcome, last) {
-        (Err(_), _) => Verdict::Broken,
-        (Ok(()), true) => Verdict::Linger(exchange.stream),
-        (Ok(()), false) => Verdict::Next(exchange.stream),
-    }
-}
-
-/// Why a request was not answered whole.
-enum Fault {
-    /// Nothing was sent yet: the client is told.
-    Refused(Refusal),
-    /// The answer had begun, or there is nobody to answer: the reason, for the log.
-    Broken(String),
-}
-
-impl From<Refusal> for Fault {
-    fn from(refusal: Refusal) -> Fault {
-        Fault::Refused(refusal)
+    match (broken, last) {
+        (true, _) => Verdict::Broken,
+        (_, true) => Verdict::Linger(stream),
+        _ => Verdict::Next(stream),
     }
 }
 
@@ -1209,27 +1046,22 @@ fn handle(
     exchange: &mut Exchange,
     access: &mut Access,
 ) -> Result<(), Fault> {
-    debug!(
-        "peer={} request {}",
-        access.peer,
-        shown(
-            request
-                .headers()
-                .iter()
-                .map(|h| (h.field.as_str().as_str(), h.value.as_str()))
-        )
-    );
+    let fields = request
+        .headers()
+        .iter()
+        .map(|h| (h.field.as_str().as_str(), h.value.as_str()));
+    debug!("peer={} request: {}", access.peer, shown(fields));
     access.user = proxy.authenticate(request.headers())?.to_owned();
     let (upstream, url) = proxy.route(request.url())?;
     access.provider = upstream.provider.name;
-    if exchange.facts.websocket {
-        return Err(Refusal::websocket().into());
+    if exchange.head.websocket {
+        return Err(Reply::new(426, "WebSocket is not served here; use plain HTTP").into());
     }
-    if matches!(exchange.facts.framing, Framing::Sized(length) if length > BODY_SIZE) {
-        return Err(Refusal::body_too_large().into());
+    if matches!(exchange.head.framing, Framing::Sized(length) if length > BODY_SIZE) {
+        return Err(body_too_large().into());
     }
     let token = upstream.credential.token()?;
-    let outgoing = upstream.outgoing(request, url, &exchange.facts)?;
+    let outgoing = upstream.outgoing(request, url, &exchange.head)?;
     let held = exchange.hold()?;
     let whole = !exchange.unread();
     let mut answer = upstream.send(&outgoing, &token, &held, exchange)?;
@@ -1246,125 +1078,109 @@ fn handle(
 impl Proxy {
     fn new(config: &Config) -> Result<Proxy, Error> {
         let network = Network::new(config)?;
-        let upstreams = config
-            .providers()?
-            .into_iter()
-            .map(|provider| Upstream::new(provider, config, &network));
+        let upstreams = config.providers()?.into_iter();
+        let upstreams = upstreams
+            .map(|p| Upstream::new(p, config, &network))
+            .collect();
         Ok(Proxy {
             users: config.users.clone(),
-            upstreams: upstreams.collect(),
+            upstreams,
         })
     }
 
     /// The user's name. All tokens given must be one and the same, and a user's; the comparison
     /// takes as long for a token that is nearly right, and for every user.
-    fn authenticate(&self, headers: &[tiny_http::Header]) -> Result<&str, Refusal> {
+    fn authenticate(&self, headers: &[tiny_http::Header]) -> Result<&str, Reply> {
         if self.users.is_empty() {
             // A web page must not use the subscription of whoever looks at it.
             return match headers.iter().any(|h| h.field.equiv("origin")) {
-                true => Err(Refusal::origin()),
+                true => Err(Reply::new(
+                    403,
+                    "web pages are not served; configure `users`",
+                )),
                 false => Ok("-"),
             };
         }
-        let mut given = None;
-        for header in headers {
+        let mut given = headers.iter().filter_map(|header| {
             let value = header.value.as_str();
-            let token = match header.field.as_str().as_str() {
-                name if name.eq_ignore_ascii_case("authorization") => match value.split_once(' ') {
-                    Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => {
-                        token.trim_start()
-                    }
-                    _ => return Err(Refusal::wrong_token()),
-                },
-                name if name.eq_ignore_ascii_case("x-api-key") => value,
-                _ => continue,
-            };
-            if given.replace(token).is_some_and(|other| other != token) {
-                return Err(Refusal::wrong_token());
+            match () {
+                _ if header.field.equiv("x-api-key") => Some(value),
+                _ if header.field.equiv("authorization") => Some(match value.split_once(' ') {
+                    Some((bearer, token)) if bearer.eq_ignore_ascii_case("bearer") => token,
+                    _ => "",
+                }),
+                _ => None,
             }
-        }
-        let given = given.ok_or_else(Refusal::no_token)?;
-        let same = |user: &User| bool::from(user.token.expose().as_bytes().ct_eq(given.as_bytes()));
-        let found = self.users.iter().fold(
-            None,
-            |found, user| if same(user) { Some(user) } else { found },
-        );
+        });
+        let wrong = "wrong token: none of those that ai-mux is configured with; check the client";
+        let none =
+            "no token: send yours as \"Authorization: Bearer TOKEN\" or \"x-api-key: TOKEN\"";
+        let token = given
+            .next()
+            .ok_or_else(|| Reply::new(401, none))?
+            .as_bytes();
+        let agreed = given.all(|other| other.as_bytes() == token);
+        let same = |user: &&User| bool::from(user.token.expose().as_bytes().ct_eq(token));
+        let found = self.users.iter().filter(same).last().filter(|_| agreed);
         found
             .map(|user| user.name.as_str())
-            .ok_or_else(Refusal::wrong_token)
+            .ok_or_else(|| Reply::new(401, wrong))
     }
 
     /// The upstream for a target, and the URL there. Nothing is decoded, and no segment is
     /// accepted that an upstream could decode to something else.
-    fn route(&self, target: &str) -> Result<(&Upstream, String), Refusal> {
-        let path = target.split('?').next().unwrap_or_default();
-        let usual = |segment: &str| {
-            let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~:@".contains(&b);
-            !matches!(segment, "" | "." | "..") && segment.bytes().all(plain)
-        };
-        let mut segments = path.split('/').skip(1);
-        let upstream = self
-            .upstreams
-            .iter()
-            .find(|u| Some(u.provider.name) == segments.clone().next());
-        let known = segments.clone().all(usual)
-            && segments.nth(1) == Some("v1")
-            && segments
-                .next()
-                .is_some_and(|first| !first.eq_ignore_ascii_case("oauth"));
-        match (upstream, known) {
-            (Some(upstream), true) => {
-                let rest = &target[1 + upstream.provider.name.len()..];
-                let rest = if upstream.provider.keeps_v1 {
-                    rest
-                } else {
-                    &rest["/v1".len()..]
-                };
-                Ok((upstream, format!("{}{rest}", upstream.base_url)))
-            }
-            _ => Err(Refusal::not_found()),
-        }
-    }
-
-    /// Which providers can serve; nothing secret. JSON.
-    fn health(&self) -> Vec<u8> {
-        let ready = self.upstreams.iter().map(|u| {
-            let state = if u.credential.token_is_at_hand() {
-                "ready"
+    fn route(&self, target: &str) -> Result<(&Upstream, String), Reply> {
+        let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~:@".contains(&b);
+        let usual = |s: &&str| !matches!(*s, "" | "." | "..") && s.bytes().all(plain);
+        let segments: Vec<_> = path_of(target).split('/').skip(1).collect();
+        if segments.iter().all(|s| usual(s))
+            && let [name, "v1", first, ..] = segments[..]
+            && !first.eq_ignore_ascii_case("oauth")
+            && let Some(upstream) = self.upstreams.iter().find(|u| u.provider.name == name)
+        {
+            let prefix = if upstream.provider.keeps_v1 {
+                "/"
             } else {
-                "unavailable"
+                "/v1/"
             };
-            (u.provider.name.to_owned(), Value::from(state))
-        });
-        let providers: serde_json::Map<String, Value> = ready.collect();
-        serde_json::json!({ "status": "ok", "providers": providers })
-            .to_string()
-            .into_bytes()
+            let rest = &target[name.len() + prefix.len()..];
+            return Ok((upstream, format!("{}{rest}", upstream.base_url)));
+        }
+        let known = "no such path; /claude/v1/... and /chatgpt/v1/... are, where configured";
+        Err(Reply::new(404, known))
     }
 
-    fn start_keepers(&self, interval: Duration) -> Result<Vec<thread::JoinHandle<()>>, Error> {
-        let start = |upstream: &Upstream| {
+    /// Which providers can serve, and nothing secret: JSON.
+    fn health(&self) -> String {
+        let state = |ready| if ready { "ready" } else { "unavailable" };
+        let states = self.upstreams.iter().map(|upstream| {
+            let state = state(upstream.credential.is_ready());
+            (upstream.provider.name.to_owned(), Value::from(state))
+        });
+        let states: serde_json::Map<_, _> = states.collect();
+        serde_json::json!({ "status": "ok", "providers": states }).to_string()
+    }
+
+    fn start_keepers(&self, interval: Duration) -> Result<Vec<JoinHandle<()>>, Error> {
+        let keepers = self.upstreams.iter().map(|upstream| {
             let credential = upstream.credential.clone();
             spawn("keeper", move || credential.keep(interval))
-        };
-        let keepers: io::Result<_> = self.upstreams.iter().map(start).collect();
-        keepers.map_err(|e| Error::start(format!("start a thread: {e}")))
+        });
+        keepers
+            .collect::<io::Result<_>>()
+            .map_err(|e| Error::start("start a thread", e))
     }
 
-    fn stop_keepers(&self, keepers: Vec<thread::JoinHandle<()>>, deadline: Instant) {
+    fn stop_keepers(&self, keepers: Vec<JoinHandle<()>>, deadline: Instant) {
         self.upstreams.iter().for_each(|u| u.credential.stop());
-        while keepers.iter().any(|k| !k.is_finished()) && Instant::now() < deadline {
+        while keepers.iter().any(|k| !k.is_finished()) {
+            if left_until(deadline).is_zero() {
+                return error!("a refresh did not end in time; what it brings is lost");
+            }
             thread::sleep(Duration::from_millis(10));
-        }
-        if keepers.iter().any(|k| !k.is_finished()) {
-            error!(
-                "a refresh did not end in {}s; what it brought may be lost",
-                STOP_TIME.as_secs()
-            );
         }
     }
 }
-
 // ─── credential ──────────────────────────────────────────────────────────────────────────────
 // In: a provider's credential file, which its own tools may rewrite at any moment; the token
 // endpoint's answers. Out: an access token that is good now, or why there is none. Requests look
@@ -1382,38 +1198,33 @@ struct Credential {
     changed: Condvar,
 }
 
-/// Requests read it and adopt what is new on disk, the keeper alone does the rest; both in short
+/// Requests read it and adopt what is new on disk, the keeper does the rest; both in short
 /// locks, with file and network in between.
 #[derive(Default)]
 struct State {
-    login: Login,
-    /// Of the file when it was last read; `None` when it must be looked at again anyhow.
+    token: Option<Token>,
+    /// Why there is no token, and what to do.
+    lack: String,
+    /// Of the file when it was last read; `None` when it must be read again anyhow.
     stamp: Option<Stamp>,
-    /// Counts changes of `login`, so that a slow reader of the file does not undo a newer one.
-    version: u64,
-    refreshed: Option<Instant>,
-    failure: Option<Failure>,
-    failures: u32,
-    /// The access token that upstream answered with 401.
-    rejected: Option<Secret>,
-    unsaved: Option<Unsaved>,
+    refresh: Refresh,
     /// Requests take a number here and wait until the keeper has come to it.
     asked: u64,
     answered: u64,
     stopping: bool,
 }
 
-#[derive(Clone)]
-enum Login {
-    /// Why there is none, and what to do.
-    Missing(String),
-    Present(Token),
-}
-
-impl Default for Login {
-    fn default() -> Login {
-        Login::Missing("the login has not been read yet".into())
-    }
+/// How refreshing the present login went so far.
+#[derive(Default)]
+struct Refresh {
+    succeeded: Option<Instant>,
+    failures: u32,
+    /// Why the last one failed, and when to try again: `None` is when the file changes.
+    failure: Option<(String, Option<Instant>)>,
+    /// The access token that upstream answered with 401.
+    rejected: Option<Secret>,
+    /// The endpoint's answer that is not on disk yet, after the refresh token that it cost.
+    unsaved: Option<(Secret, Value)>,
 }
 
 #[derive(Clone, PartialEq)]
@@ -1426,151 +1237,98 @@ struct Token {
 }
 
 impl Token {
-    /// Whether it still is good `margin` from now, by the wall clock.
+    /// Whether it is still good `margin` from now, by the wall clock.
     fn lasts(&self, margin: Duration) -> bool {
         self.expires
             .is_none_or(|expires| expires > SystemTime::now() + margin)
     }
 }
 
-/// Why the last refresh brought nothing.
-struct Failure {
-    message: String,
-    /// When to try again; `None`: not before the file changes.
-    until: Option<Instant>,
+impl State {
+    /// The refresh token to spend, if the access token does not last `margin`, or was rejected.
+    fn due(&self, margin: Duration) -> Option<Secret> {
+        let token = self.token.as_ref()?;
+        let rejected = self.refresh.rejected.as_ref() == Some(&token.access);
+        let wait = self.is_young() || self.is_failing() || self.refresh.unsaved.is_some();
+        if wait || token.lasts(margin) && !rejected {
+            None
+        } else {
+            token.refresh.clone()
+        }
+    }
+
+    fn is_young(&self) -> bool {
+        self.refresh
+            .succeeded
+            .is_some_and(|at| at.elapsed() < TOKEN_MARGIN)
+    }
+
+    fn is_failing(&self) -> bool {
+        matches!(&self.refresh.failure, Some((_, until)) if until.is_none_or(|at| at > Instant::now()))
+    }
 }
 
-/// A refresh's outcome that is not on disk: the refresh token it cost, which is still there.
-#[derive(Clone)]
-struct Unsaved {
-    spent: Secret,
-    answer: Answer,
-}
-
-/// What a token endpoint gave.
-#[derive(Clone)]
-struct Answer {
-    access: Secret,
-    refresh: Option<Secret>,
-    id: Option<Secret>,
-    expires: Option<SystemTime>,
-}
-
-/// A state of a file. Two that are equal hold the same bytes, but for the last `SETTLE_TIME`.
+/// A state of a file. Two that are equal hold the same bytes, but for the last `SETTLE_TIME`:
+/// device, inode, size, and mtime and ctime in seconds and nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Stamp {
-    place: (u64, u64),
-    size: u64,
-    modified: (i64, i64),
-    changed: (i64, i64),
-}
+struct Stamp([u64; 3], [i64; 4]);
 
 impl Stamp {
     fn of(path: &Path) -> Option<Stamp> {
-        fs::metadata(path).ok().map(|m| Stamp::from(&m))
+        let m = fs::metadata(path).ok()?;
+        let times = [m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec()];
+        Some(Stamp([m.dev(), m.ino(), m.size()], times))
     }
 
-    fn settled(&self) -> bool {
-        let modified = UNIX_EPOCH + Duration::from_secs(self.modified.0.max(0) as u64);
+    fn is_settled(&self) -> bool {
+        let modified = UNIX_EPOCH + Duration::from_secs(self.1[0].max(0) as u64);
         SystemTime::now()
             .duration_since(modified)
             .is_ok_and(|age| age > SETTLE_TIME)
     }
 }
 
-impl From<&fs::Metadata> for Stamp {
-    fn from(m: &fs::Metadata) -> Stamp {
-        Stamp {
-            place: (m.dev(), m.ino()),
-            size: m.size(),
-            modified: (m.mtime(), m.mtime_nsec()),
-            changed: (m.ctime(), m.ctime_nsec()),
-        }
-    }
-}
-
-/// What reading a credential file gives.
-enum Reading {
-    Token(Token),
-    /// No login, whole or none at all: why, and what to do.
-    None(String),
-    /// Half-written, or being written.
+/// Why a credential file gives no token.
+enum Lack {
+    /// There is no login, or none that is ours to use.
+    LoggedOut(String),
+    /// It is half-written, or being written.
     Unfinished(String),
 }
 
 /// For requests.
 impl Credential {
     /// An access token to use now. Waits for a refresh only when there is none that is good.
-    fn token(&self) -> Result<Token, Refusal> {
-        self.look(false);
-        let mut state = lock(&self.state);
-        for last in [false, true] {
-            let token = match (&state.login, &state.failure) {
-                (Login::Missing(why), _) => return Err(Refusal::no_login(why)),
-                (
-                    _,
-                    Some(Failure {
-                        message,
-                        until: None,
-                    }),
-                ) => return Err(Refusal::no_login(message)),
-                (Login::Present(token), _) if token.lasts(Duration::ZERO) => token.clone(),
-                (Login::Present(Token { refresh: None, .. }), _) => {
-                    let why = format!(
-                        "the {} login has expired; {}",
-                        self.provider.name,
-                        self.mend()
-                    );
-                    return Err(Refusal::no_login(&why));
-                }
-                (
-                    _,
-                    Some(Failure {
-                        message,
-                        until: Some(until),
-                    }),
-                ) if last || *until > Instant::now() => {
-                    return Err(Refusal::no_token_yet(
-                        message,
-                        until.saturating_duration_since(Instant::now()),
-                    ));
-                }
-                _ if last => {
-                    return Err(Refusal::no_token_yet(
-                        "the refresh was cut short",
-                        BACKOFF_MIN,
-                    ));
-                }
-                _ => {
-                    state = self.ask(state);
-                    continue;
-                }
-            };
-            if !token.lasts(TOKEN_MARGIN)
-                && token.refresh.is_some()
-                && state.asked == state.answered
-            {
-                state.asked += 1; // ageing: the keeper is woken, nobody waits
-                self.changed.notify_all();
-            }
-            return Ok(token);
+    fn token(&self) -> Result<Token, Reply> {
+        let mut state = self.look(false);
+        // Expired: all wait. Ageing: one does, while the others use what is still good.
+        let idle = state.asked == state.answered;
+        let margin = if idle { TOKEN_MARGIN } else { Duration::ZERO };
+        if state.due(margin).is_some() {
+            state = self.ask(state);
         }
-        Err(Refusal::internal())
+        let dead = |why: &str| Reply::new(503, format!("ai-mux has no login to use: {why}"));
+        let token = state.token.clone().ok_or_else(|| dead(&state.lack))?;
+        match &state.refresh.failure {
+            Some((why, None)) => return Err(dead(why)),
+            _ if token.lasts(Duration::ZERO) || state.is_young() => {}
+            Some((why, Some(until))) => {
+                let wait = left_until(*until) + Duration::from_secs(1);
+                let message =
+                    format!("the login could not be refreshed: {why}; wait and try again");
+                return Err(Reply::new(503, message).retry_after(wait));
+            }
+            None => return Err(dead(&format!("it has expired; {}", self.remedy()))),
+        }
+        Ok(token)
     }
 
     /// Upstream answered 401 to this token: a newer one, from disk or from a refresh, if any.
     fn rejected(&self, token: &Token) -> Option<Token> {
-        self.look(true);
-        let mut state = lock(&self.state);
-        let newer = |state: &State| match &state.login {
-            Login::Present(now) if now.access != token.access => Some(now.clone()),
-            _ => None,
-        };
-        let young = state
-            .refreshed
-            .is_some_and(|at| at.elapsed() < TOKEN_MARGIN);
-        if newer(&state).is_none() && !young && state.failure.is_none() {
-            state.rejected = Some(token.access.clone());
+        let newer = |s: &State| s.token.clone().filter(|t| t.access != token.access);
+        let mut state = self.look(true);
+        if newer(&state).is_none() {
+            state.refresh.rejected = Some(token.access.clone());
             state = self.ask(state);
         }
         newer(&state)
@@ -1587,141 +1345,117 @@ impl Credential {
         state
     }
 
-    fn token_is_at_hand(&self) -> bool {
-        self.look(false);
-        let state = lock(&self.state);
-        let down = matches!(state.failure, Some(Failure { until: None, .. }));
-        let usable = |token: &Token| token.refresh.is_some() || token.lasts(Duration::ZERO);
-        !down && matches!(&state.login, Login::Present(token) if usable(token))
+    fn is_ready(&self) -> bool {
+        let state = self.look(false);
+        let dead = matches!(state.refresh.failure, Some((_, None)));
+        let usable = |t: &Token| t.refresh.is_some() || t.lasts(Duration::ZERO);
+        !dead && state.token.as_ref().is_some_and(usable)
     }
 
-    /// Adopts what is new on disk. `anyway` reads the file even if it seems unchanged.
-    fn look(&self, anyway: bool) {
-        for _ in 0..3 {
-            let (known, version) = {
-                let state = lock(&self.state);
-                (state.stamp, state.version)
-            };
-            if !anyway && known.is_some() && known == Stamp::of(&self.path) {
-                return;
-            }
+    /// Adopts what is new on disk. `anyway` reads the file even if it seems unchanged. Small and
+    /// local, it is read under the lock: whoever waits for that would have to read it as well.
+    fn look(&self, anyway: bool) -> MutexGuard<'_, State> {
+        let mut state = lock(&self.state);
+        if anyway || state.stamp.is_none() || state.stamp != Stamp::of(&self.path) {
             let (stamp, reading) = self.read();
-            let mut state = lock(&self.state);
-            if state.version == version {
-                self.adopt(&mut state, stamp, reading);
-                return;
-            }
+            self.adopt(&mut state, stamp, reading);
         }
+        state
     }
 
-    fn adopt(&self, state: &mut State, stamp: Option<Stamp>, reading: Reading) {
+    fn adopt(&self, state: &mut State, stamp: Option<Stamp>, reading: Result<Token, Lack>) {
         let name = self.provider.name;
-        state.stamp = stamp.filter(Stamp::settled);
-        let login = match (reading, &state.login) {
-            (Reading::Unfinished(why), Login::Present(_)) => {
-                debug!("{name}: {why}; the login in memory stays");
-                return;
-            }
-            (Reading::Unfinished(why) | Reading::None(why), _) => Login::Missing(why),
-            (Reading::Token(token), Login::Present(now)) if token.same_login(now) => return,
-            (Reading::Token(token), _) => {
-                let spent = |unsaved: &Unsaved| token.refresh.as_ref() == Some(&unsaved.spent);
-                if state.unsaved.as_ref().is_some_and(spent) {
-                    return;
-                }
-                Login::Present(token)
-            }
+        state.stamp = stamp.filter(Stamp::is_settled);
+        let (token, lack) = match reading {
+            Ok(token) => (Some(token), String::new()),
+            Err(Lack::Unfinished(_)) if state.token.is_some() => return,
+            Err(Lack::Unfinished(why) | Lack::LoggedOut(why)) => (None, why),
         };
-        match (&login, &state.login) {
-            (Login::Missing(why), Login::Missing(known)) if why == known => return,
-            (Login::Missing(why), _) => warn!("{name}: {why}"),
-            (Login::Present(_), _) => info!("{name}: login read from {}", self.path.display()),
+        let refresh = token.as_ref().and_then(|token| token.refresh.as_ref());
+        let spent = state
+            .refresh
+            .unsaved
+            .as_ref()
+            .is_some_and(|(spent, _)| refresh == Some(spent));
+        if spent || token == state.token && lack == state.lack {
+            return;
         }
-        let (asked, answered, version) = (state.asked, state.answered, state.version + 1);
-        let (stamp, stopping) = (state.stamp, state.stopping);
-        *state = State {
-            login,
-            stamp,
-            version,
-            asked,
-            answered,
-            stopping,
-            ..State::default()
-        };
+        match token {
+            Some(_) => info!("{name}: login read from {}", self.path.display()),
+            None => warn!("{name}: {lack}"),
+        }
+        (state.token, state.lack, state.refresh) = (token, lack, Refresh::default());
     }
 
-    /// Reads the file, and the stamp of what was read; the same before and after.
-    fn read(&self) -> (Option<Stamp>, Reading) {
+    /// Reads the file, and the stamp of what was read: the same before and after.
+    fn read(&self) -> (Option<Stamp>, Result<Token, Lack>) {
+        let name = self.path.display();
         for _ in 0..3 {
-            let before = Stamp::of(&self.path);
-            let reading = match self.open() {
-                Ok(bytes) => match serde_json::from_slice::<Value>(&bytes) {
-                    Ok(json) => self.provider.token_in(&json).map_or_else(
-                        || {
-                            Reading::None(format!(
-                                "{} holds no login; {}",
-                                self.path.display(),
-                                self.mend()
-                            ))
-                        },
-                        Reading::Token,
-                    ),
-                    Err(e) => {
-                        let place = format!("line {}, column {}", e.line(), e.column());
-                        let what = format!("{} is not whole JSON ({place})", self.path.display());
-                        Reading::Unfinished(format!("{what}; if it stays so, {}", self.mend()))
-                    }
-                },
-                Err(why) => Reading::None(why),
-            };
-            if before == Stamp::of(&self.path) {
-                return (before, reading);
+            let bytes = self.open();
+            let stamp = Stamp::of(&self.path);
+            let reading = bytes.map_err(Lack::LoggedOut).and_then(|(before, bytes)| {
+                if Some(before) != stamp {
+                    return Err(Lack::Unfinished(format!("{name} keeps changing")));
+                }
+                let json = serde_json::from_slice(&bytes).map_err(|_| {
+                    let remedy = self.remedy();
+                    Lack::Unfinished(format!(
+                        "{name} is not whole JSON; if it stays so, {remedy}"
+                    ))
+                })?;
+                let none = || Lack::LoggedOut(format!("{name} holds no login; {}", self.remedy()));
+                self.provider.token_in(&json).ok_or_else(none)
+            });
+            if !matches!(reading, Err(Lack::Unfinished(_))) {
+                return (stamp, reading);
             }
         }
-        (
-            None,
-            Reading::Unfinished(format!("{} keeps changing", self.path.display())),
-        )
+        let why = format!(
+            "{name} is not whole JSON; if it stays so, {}",
+            self.remedy()
+        );
+        (None, Err(Lack::Unfinished(why)))
     }
 
     /// The bytes of the file, if it is ours to use; else why not, and what to do.
-    fn open(&self) -> Result<Vec<u8>, String> {
+    fn open(&self) -> Result<(Stamp, Vec<u8>), String> {
         let name = self.path.display();
-        let meta = fs::metadata(&self.path).map_err(|e| match e.kind() {
-            io::ErrorKind::NotFound => format!("{name} is not there; {}", self.mend()),
-            _ => format!("read {name}: {e}; make it readable for the user that ai-mux runs as"),
-        })?;
         let user = rustix::process::geteuid().as_raw();
+        let failed = |e: io::Error| match e.kind() {
+            ErrorKind::NotFound => format!("{name} is not there; {}", self.remedy()),
+            _ => format!("read {name}: {e}; make it readable for user {user}"),
+        };
+        let meta = fs::metadata(&self.path).map_err(failed)?;
         if meta.uid() != user {
+            let owner = meta.uid();
             return Err(format!(
-                "{name} belongs to user {}, ai-mux runs as {user}; chown {user} {name}",
-                meta.uid()
+                "{name} belongs to user {owner}, not {user}: chown {user} {name}"
             ));
         }
         if !meta.is_file() || meta.len() > FILE_SIZE {
-            return Err(format!("{name} is not a credential file; {}", self.mend()));
+            return Err(format!(
+                "{name} is not a credential file; {}",
+                self.remedy()
+            ));
         }
         if meta.mode() & 0o077 != 0 {
-            let private = fs::Permissions::from_mode(0o600);
-            let outcome = fs::set_permissions(&self.path, private).map_err(|e| e.to_string());
-            let outcome =
-                outcome.map_or_else(|e| format!("could not be: {e}"), |()| "now 0600".into());
+            let outcome = fs::set_permissions(&self.path, fs::Permissions::from_mode(0o600));
             warn!(
-                "{name}: mode {:o} lets others read it; {outcome}",
-                meta.mode() & 0o7777
+                "{name}: others may read it (mode {:o}); chmod 600: {outcome:?}",
+                meta.mode()
             );
         }
-        let read = File::open(&self.path).and_then(|file| {
-            let mut bytes = Vec::new();
-            file.take(FILE_SIZE).read_to_end(&mut bytes).map(|_| bytes)
-        });
-        read.map_err(|e| {
-            format!("read {name}: {e}; make it readable for the user that ai-mux runs as")
-        })
+        let before = Stamp::of(&self.path).ok_or_else(|| failed(ErrorKind::NotFound.into()))?;
+        let mut bytes = Vec::new();
+        let file = File::open(&self.path).map_err(failed)?;
+        file.take(FILE_SIZE)
+            .read_to_end(&mut bytes)
+            .map_err(failed)?;
+        Ok((before, bytes))
     }
 
-    /// What the owner does about a missing or dead login.
-    fn mend(&self) -> String {
+    /// What the owner does about a login that is missing or dead.
+    fn remedy(&self) -> String {
         let folder = self.path.parent().unwrap_or(&self.path).display();
         format!(
             "log in with: {}={folder} {}",
@@ -1730,37 +1464,23 @@ impl Credential {
     }
 }
 
-impl Token {
-    /// Whether a file that holds this one says nothing new; an expiry that only the file does
-    /// not know does not count.
-    fn same_login(&self, other: &Token) -> bool {
-        self.access == other.access
-            && self.refresh == other.refresh
-            && self.account == other.account
-    }
-}
-
 /// For the keeper.
 impl Credential {
     fn keep(&self, interval: Duration) {
         loop {
-            let asked = lock(&self.state).asked;
-            let round = catch_unwind(AssertUnwindSafe(|| self.round(interval)));
-            if round.is_err() {
-                error!("{}: refresh: a fault of ai-mux (panic)", self.provider.name);
-            }
+            let number = lock(&self.state).asked;
+            let _ = catch_unwind(AssertUnwindSafe(|| self.round(interval)));
+            let next = Instant::now() + interval;
             let mut state = lock(&self.state);
-            state.answered = asked;
-            state.rejected = None;
+            (state.answered, state.refresh.rejected) = (number, None);
             self.changed.notify_all();
-            let look = Instant::now() + interval;
             while state.asked == state.answered && !state.stopping {
-                let retry = state.failure.as_ref().and_then(|f| f.until).unwrap_or(look);
-                let left = retry.min(look).saturating_duration_since(Instant::now());
-                if left.is_zero() {
+                let retry = state.refresh.failure.as_ref().and_then(|(_, until)| *until);
+                let time = left_until(retry.map_or(next, |retry| retry.min(next)));
+                if time.is_zero() {
                     break;
                 }
-                state = wait(&self.changed, state, left);
+                state = wait(&self.changed, state, time);
             }
             if state.stopping {
                 drop(state);
@@ -1774,280 +1494,139 @@ impl Credential {
         self.changed.notify_all();
     }
 
-    /// One look at the login, and a refresh if it is time for one.
+    /// One look at the login, and a refresh if it ends before a minute after the next look.
     fn round(&self, interval: Duration) {
-        self.look(false);
         self.save_again();
-        if self.due(interval).is_none() {
+        if self.look(false).due(interval + TOKEN_MARGIN).is_none() {
             return;
         }
-        self.look(true);
-        let Some(spent) = self.due(interval) else {
+        let due = self.look(true).due(interval + TOKEN_MARGIN);
+        let Some(spent) = due else { return };
+        if let Err((why, least)) = self.refresh(&spent) {
+            // Another tool may have refreshed meanwhile; then its login is the newer one.
+            let mut state = self.look(true);
+            let token = state.token.as_ref();
+            if token.is_some_and(|token| token.refresh.as_ref() == Some(&spent)) {
+                self.fail(&mut state.refresh, why, least);
+            }
+        }
+    }
+
+    /// Notes a failure: for `least` or the back-off, whichever is longer, or until the file changes.
+    fn fail(&self, refresh: &mut Refresh, why: String, least: Option<Duration>) {
+        let (name, remedy) = (self.provider.name, self.remedy());
+        let Some(least) = least else {
+            error!("{name}: refresh: {why}; it is down until there is a new login; {remedy}");
+            refresh.failure = Some((format!("{why}; {remedy}"), None));
             return;
         };
-        match self.refresh(&spent) {
-            Ok(()) => {}
-            Err((message, until)) => {
-                // Another tool may have refreshed meanwhile; then its login is the newer one.
-                self.look(true);
-                let mut state = lock(&self.state);
-                let unchanged =
-                    matches!(&state.login, Login::Present(t) if t.refresh.as_ref() == Some(&spent));
-                if unchanged {
-                    self.fail(&mut state, message, until);
-                }
-            }
-        }
+        let backoff = BACKOFF_MIN * 2u32.pow(refresh.failures.min(6));
+        let time = backoff.min(BACKOFF_MAX).max(least).min(RETRY_AFTER_MAX);
+        warn!("{name}: refresh: {why}; next try in {}s", time.as_secs());
+        refresh.failures += 1;
+        refresh.failure = Some((why, Some(Instant::now() + time)));
     }
 
-    /// The refresh token to spend, when it is time to.
-    fn due(&self, interval: Duration) -> Option<Secret> {
-        let state = lock(&self.state);
-        let Login::Present(token) = &state.login else {
-            return None;
-        };
-        let backing_off = state
-            .failure
-            .as_ref()
-            .is_some_and(|f| f.until.is_none_or(|at| at > Instant::now()));
-        if backing_off {
-            return None;
-        }
-        let young = state
-            .refreshed
-            .is_some_and(|at| at.elapsed() < TOKEN_MARGIN);
-        let ageing = !young && !token.lasts(interval.saturating_add(TOKEN_MARGIN));
-        let rejected = !young && state.rejected.as_ref() == Some(&token.access);
-        (ageing || rejected || !token.lasts(Duration::ZERO))
-            .then(|| token.refresh.clone())
-            .flatten()
-    }
-
-    fn fail(&self, state: &mut State, message: String, until: Until) {
+    /// Spends a refresh token, but first finds out what could keep its yield from being saved.
+    fn refresh(&self, spent: &Secret) -> Result<(), (String, Option<Duration>)> {
         let name = self.provider.name;
-        let until = match until {
-            Until::FileChanges => {
-                let mend = self.mend();
-                error!(
-                    "{name}: refresh: {message}; it is down until {} changes: {mend}",
-                    self.path.display()
-                );
-                state.failure = Some(Failure {
-                    message: format!("{message}; {mend}"),
-                    until: None,
-                });
-                return;
-            }
-            Until::After(wait) => {
-                let doubled = BACKOFF_MIN
-                    .saturating_mul(1 << state.failures.min(10))
-                    .min(BACKOFF_MAX);
-                wait.unwrap_or(Duration::ZERO)
-                    .max(doubled)
-                    .min(RETRY_AFTER_MAX)
-            }
-        };
-        state.failures += 1;
-        warn!(
-            "{name}: refresh: {message}; next try in {}s",
-            until.as_secs()
-        );
-        state.failure = Some(Failure {
-            message,
-            until: Some(Instant::now() + until),
-        });
-    }
-
-    /// Spends a refresh token. What can be found out before that, is.
-    fn refresh(&self, spent: &Secret) -> Result<(), (String, Until)> {
-        let name = self.provider.name;
-        if lock(&self.state).unsaved.is_some() {
-            return Err((
-                format!("{} could not be written yet", self.path.display()),
-                Until::After(None),
-            ));
-        }
         let draft = Draft::new(&self.path).map_err(|why| {
-            error!("{name}: {why}; nothing was spent");
-            (why, Until::After(None))
+            error!("{name}: {why}; no token was spent");
+            (why, Some(Duration::ZERO))
         })?;
         let answer = self.call(spent)?;
-        let unsaved = Unsaved {
-            spent: spent.clone(),
-            answer,
-        };
-        let outcome = self.save(&unsaved, draft);
-        let mut state = lock(&self.state);
-        if let Err(why) = outcome {
-            error!("{name}: {why}; the new login is in memory only, and the write is tried again");
-            let token = match &state.login {
-                Login::Present(token) => unsaved.answer.applied_to(token),
-                Login::Missing(_) => return Ok(()), // logged out meanwhile
-            };
-            state.adopt_refreshed(token, None);
-            state.unsaved = Some(unsaved);
-        }
-        if let Login::Present(Token { expires, .. }) = &state.login {
-            let left = expires.and_then(|at| at.duration_since(SystemTime::now()).ok());
-            let left = left.map_or("at an unknown time".into(), |d| {
-                format!(
-                    "in {}",
-                    humantime::format_duration(Duration::from_secs(d.as_secs()))
-                )
-            });
-            info!("{name}: refreshed; the new token expires {left}");
-        }
+        lock(&self.state).refresh.unsaved = Some((spent.clone(), answer));
+        self.save(Ok(draft));
+        info!("{name}: refreshed");
         Ok(())
     }
 
-    /// Asks the token endpoint. Of its answer nothing but the `error` word is ever shown.
-    fn call(&self, spent: &Secret) -> Result<Answer, (String, Until)> {
-        let provider = self.provider;
-        let passing = |message: String| (message, Until::After(None));
-        let mut form = serde_json::json!({
-            "grant_type": "refresh_token",
-            "refresh_token": spent.expose(),
-            "client_id": provider.client_id,
-        });
+    /// Asks the token endpoint. Of its answer, nothing but the `error` word is ever shown. The
+    /// error: why, and how long to wait at least; `None` is for ever.
+    fn call(&self, spent: &Secret) -> Result<Value, (String, Option<Duration>)> {
+        let (provider, url) = (self.provider, &self.token_url);
+        let passing = |e: &dyn Display| (format!("{url}: {e}"), Some(Duration::ZERO));
+        let mut form =
+            serde_json::json!({ "grant_type": "refresh_token", "client_id": provider.client_id });
+        form["refresh_token"] = spent.expose().into();
         if let Some(scope) = provider.scope {
             form["scope"] = scope.into();
         }
-        let agent = self.network.agent(&self.token_url, |config| {
-            config.timeout_global(Some(TOKEN_TIME))
-        });
-        let body = form.to_string();
-        let request = agent
-            .post(&self.token_url)
-            .header("content-type", "application/json");
-        let mut answer = request
-            .send(&body)
-            .map_err(|e| passing(format!("{}: {e}", self.token_url)))?;
-        let status = answer.status().as_u16();
-        let wait = retry_after(answer.headers());
+        let agent = self
+            .network
+            .agent(url, |config| config.timeout_global(Some(TOKEN_TIME)));
+        let request = agent.post(url).header("content-type", "application/json");
+        let mut answer = request.send(form.to_string()).map_err(|e| passing(&e))?;
+        let (status, wait) = (answer.status().as_u16(), retry_after(answer.headers()));
         let text = answer
             .body_mut()
             .with_config()
             .limit(TOKEN_SIZE)
             .read_to_vec();
-        let text = text.map_err(|e| passing(format!("{}: answer: {e}", self.token_url)))?;
+        let text = text.map_err(|e| passing(&e))?;
         let json: Value = serde_json::from_slice(&text).unwrap_or_default();
-        if status == 200 {
-            let answer = Answer::from_json(&json);
-            return answer
-                .ok_or_else(|| passing("the token endpoint's answer holds no token".into()));
-        }
-        let word = error_word(&json);
-        let message = format!("the token endpoint answered {status} {word}")
-            .trim_end()
-            .to_owned();
-        match provider.is_final(status, word) {
-            true => Err((message, Until::FileChanges)),
-            false => Err((message, Until::After(wait))),
-        }
-    }
-
-    /// Puts a refresh's outcome on disk, then into use, unless the file has a newer login or
-    /// none any more: then the file wins.
-    fn save(&self, unsaved: &Unsaved, draft: Draft) -> Result<(), String> {
-        let name = self.path.display();
-        let bytes = match self.open() {
-            Ok(bytes) => bytes,
-            Err(why) if !self.path.exists() => {
-                self.look(true);
-                warn!(
-                    "{}: {why}; what the refresh brought is dropped",
-                    self.provider.name
-                );
-                return Ok(());
+        match status {
+            200 if secret_in(&json, "access_token").is_some() => Ok(json),
+            200 => Err(passing(&"the answer holds no token")),
+            _ => {
+                let word = error_word(&json);
+                let last = provider.is_final(status, word);
+                let wait = if last {
+                    None
+                } else {
+                    Some(wait.unwrap_or_default())
+                };
+                Err((format!("{url} answered {status} {word}"), wait))
             }
-            Err(why) => return Err(why),
-        };
-        let mut json: Value =
-            serde_json::from_slice(&bytes).map_err(|_| format!("{name} is not whole JSON"))?;
-        let on_disk = self.provider.token_in(&json);
-        if on_disk.as_ref().and_then(|t| t.refresh.as_ref()) != Some(&unsaved.spent) {
-            let mut state = lock(&self.state);
-            state.unsaved = None;
-            drop(state);
-            self.look(true);
-            return Ok(());
         }
-        self.provider.edit(&mut json, &unsaved.answer);
-        let text = serde_json::to_vec_pretty(&json).map_err(|e| format!("write {name}: {e}"))?;
-        draft
-            .publish(&text)
-            .map_err(|e| format!("write {name}: {e}"))?;
-        let mut state = lock(&self.state);
-        let known = match (&state.login, on_disk) {
-            (Login::Present(token), _) => token.clone(),
-            (Login::Missing(_), Some(token)) => token,
-            (Login::Missing(_), None) => return Ok(()),
-        };
-        state.adopt_refreshed(unsaved.answer.applied_to(&known), Stamp::of(&self.path));
-        Ok(())
     }
 
     /// Tries again to write what could not be written.
     fn save_again(&self) {
-        let Some(unsaved) = lock(&self.state).unsaved.clone() else {
+        if lock(&self.state).refresh.unsaved.is_some() {
+            self.save(Draft::new(&self.path));
+        }
+    }
+
+    /// Puts a refresh's yield on disk, then into use; or only into use, if that fails.
+    fn save(&self, draft: Result<Draft, String>) {
+        let unsaved = lock(&self.state).refresh.unsaved.clone();
+        let Some((spent, answer)) = unsaved else {
             return;
         };
-        match Draft::new(&self.path).and_then(|draft| self.save(&unsaved, draft)) {
-            Ok(()) => info!("{}: the login is on disk now", self.provider.name),
-            Err(why) => error!(
-                "{}: {why}; the new login is in memory only",
-                self.provider.name
-            ),
+        let saved = draft.and_then(|draft| self.write(&spent, &answer, draft));
+        let mut state = self.look(saved.is_ok());
+        if let Err(why) = saved
+            && let Some(token) = &mut state.token
+        {
+            let name = self.provider.name;
+            error!("{name}: {why}; the new login is in memory only, and will be written again");
+            self.provider.renew(token, &answer);
+            let unsaved = Some((spent, answer));
+            state.refresh = Refresh {
+                unsaved,
+                ..Refresh::default()
+            };
         }
-    }
-}
-
-/// How long a failed refresh is not tried again.
-enum Until {
-    FileChanges,
-    /// The back-off, or what the endpoint asked for if that is longer.
-    After(Option<Duration>),
-}
-
-impl State {
-    fn adopt_refreshed(&mut self, token: Token, stamp: Option<Stamp>) {
-        self.login = Login::Present(token);
-        self.stamp = stamp.filter(Stamp::settled);
-        self.version += 1;
-        self.refreshed = Some(Instant::now());
-        self.failure = None;
-        self.failures = 0;
-        self.unsaved = None;
-    }
-}
-
-impl Answer {
-    fn from_json(json: &Value) -> Option<Answer> {
-        let text = |key: &str| json.get(key).and_then(Value::as_str).and_then(Secret::new);
-        let access = text("access_token")?;
-        let now = SystemTime::now();
-        let seconds = json
-            .get("expires_in")
-            .and_then(Value::as_f64)
-            .map(|s| s.clamp(0.0, 1e10));
-        let told =
-            seconds.map(|s| now + Duration::from_secs_f64(s).clamp(LIFETIME_MIN, LIFETIME_MAX));
-        let expires = told.or_else(|| Some(claims(&access)?.0?.max(now + LIFETIME_MIN)));
-        Some(Answer {
-            access,
-            refresh: text("refresh_token"),
-            id: text("id_token"),
-            expires,
-        })
+        state.refresh.succeeded = Some(Instant::now());
     }
 
-    fn applied_to(&self, old: &Token) -> Token {
-        Token {
-            access: self.access.clone(),
-            refresh: self.refresh.clone().or_else(|| old.refresh.clone()),
-            expires: self.expires,
-            account: old.account.clone(),
+    /// Writes an answer into the file, unless that has a newer login: then the file wins.
+    fn write(&self, spent: &Secret, answer: &Value, draft: Draft) -> Result<(), String> {
+        let failed = |e: &dyn Display| format!("write {}: {e}", self.path.display());
+        let (_, bytes) = self.open()?;
+        let mut json = serde_json::from_slice(&bytes).map_err(|e| failed(&e))?;
+        let on_disk = self
+            .provider
+            .token_in(&json)
+            .and_then(|token| token.refresh);
+        if on_disk.as_ref() == Some(spent) {
+            self.provider.edit(&mut json, answer);
+            let text = serde_json::to_vec_pretty(&json).map_err(|e| failed(&e))?;
+            draft.publish(&text).map_err(|e| failed(&e))?;
         }
+        lock(&self.state).refresh.unsaved = None;
+        Ok(())
     }
 }
 
@@ -2056,19 +1635,15 @@ struct Draft {
     target: PathBuf,
     path: PathBuf,
     file: File,
-    done: bool,
 }
 
 impl Draft {
     /// Proves that the folder can be written and has room, before anything depends on it.
     fn new(path: &Path) -> Result<Draft, String> {
-        let failed = |e: io::Error| {
-            let name = path.display();
-            format!(
-                "the folder of {name} cannot be written ({e}); ai-mux must be able to replace the file in it"
-            )
-        };
+        let name = path.display();
+        let failed = |e| format!("{name} cannot be replaced: {e}; let ai-mux write to its folder");
         let target = path.canonicalize().map_err(failed)?;
+        // proc_pid_mountinfo(5): the fifth field is the mount point, with spaces escaped.
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let escaped = target.display().to_string().replace(' ', "\\040");
         if mounts
@@ -2076,88 +1651,72 @@ impl Draft {
             .any(|line| line.split(' ').nth(4) == Some(&escaped))
         {
             return Err(format!(
-                "{} is mounted by itself, so it cannot be replaced; mount its folder",
-                target.display()
+                "{name} is a mount by itself and cannot be replaced; mount its folder"
             ));
         }
-        let mut name = target.file_name().unwrap_or_default().to_owned();
-        name.push(".ai-mux-new");
-        let draft = target.with_file_name(name);
-        let _ = fs::remove_file(&draft);
+        let mut beside = target.clone().into_os_string();
+        beside.push(".ai-mux-new");
+        let path = PathBuf::from(beside);
+        let _ = fs::remove_file(&path);
         let size = fs::metadata(&target).map_err(failed)?.len() + TOKEN_SIZE;
-        let file = OpenOptions::new()
+        let options = OpenOptions::new()
             .write(true)
             .create_new(true)
             .mode(0o600)
-            .open(&draft)
-            .map_err(failed)?;
+            .open(&path);
         let mut draft = Draft {
+            file: options.map_err(failed)?,
             target,
-            path: draft,
-            file,
-            done: false,
+            path,
         };
-        let room = io::copy(&mut io::repeat(b' ').take(size), &mut draft.file);
-        room.and_then(|_| draft.file.sync_all()).map_err(failed)?;
+        io::copy(&mut io::repeat(b' ').take(size), &mut draft.file).map_err(failed)?;
+        draft.file.sync_all().map_err(failed)?;
         Ok(draft)
     }
 
-    fn publish(mut self, text: &[u8]) -> io::Result<()> {
-        use std::os::unix::fs::FileExt;
+    fn publish(self, text: &[u8]) -> io::Result<()> {
         self.file.write_all_at(text, 0)?;
         self.file.set_len(text.len() as u64)?;
         self.file.sync_all()?;
         fs::rename(&self.path, &self.target)?;
-        self.done = true;
-        let folder = self.target.parent().unwrap_or(Path::new("/"));
-        File::open(folder)?.sync_all()
+        File::open(self.target.parent().unwrap_or(Path::new("/")))?.sync_all()
     }
 }
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        if !self.done {
-            let _ = fs::remove_file(&self.path);
-        }
+        let _ = fs::remove_file(&self.path); // gone already, once published
     }
+}
+
+fn secret_in(json: &Value, key: &str) -> Option<Secret> {
+    json.get(key).and_then(Value::as_str).and_then(Secret::new)
 }
 
 /// The `error` word of a token endpoint's answer (RFC 6749 section 5.2; OpenAI nests it), or ""
 /// if it is nothing that looks like one.
 fn error_word(json: &Value) -> &str {
-    let error = json.get("error");
-    let nested = error.and_then(|e| e.get("code").or(e.get("type")));
-    let word = nested
-        .or(error)
-        .or(json.get("code"))
-        .and_then(Value::as_str)
-        .unwrap_or_default();
-    let plain = word.len() <= 64
-        && word
-            .bytes()
-            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
-    if plain { word } else { "" }
+    let error = json.get("error").unwrap_or(json);
+    let word = error.get("code").or(error.get("type")).unwrap_or(error);
+    let word = word.as_str().filter(|w| w.len() <= 64).unwrap_or_default();
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
+    if word.bytes().all(plain) { word } else { "" }
 }
 
-/// `exp` and the account id of an access token that is a JWT (RFC 7519 section 4.1.4). It is
-/// ours, from a source we trust, so its signature is not checked.
-fn claims(token: &Secret) -> Option<(Option<SystemTime>, Option<Secret>)> {
-    use base64::Engine;
-    let payload = token.expose().split('.').nth(1)?;
-    let bytes = base64::engine::general_purpose::URL_SAFE_NO_PAD
+/// The claims of an access token that is a JWT (RFC 7519). It is ours, from a source that we
+/// trust, so its signature is not checked.
+fn claims(token: &Secret) -> Value {
+    use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
+    let payload = token.expose().split('.').nth(1).unwrap_or_default();
+    let bytes = BASE64_URL_SAFE_NO_PAD
         .decode(payload.trim_end_matches('='))
-        .ok()?;
-    let json: Value = serde_json::from_slice(&bytes).ok()?;
-    let account = json
-        .get("https://api.openai.com/auth")
-        .and_then(|a| a.get("chatgpt_account_id"));
-    let account = account.and_then(Value::as_str).and_then(Secret::new);
-    Some((json.get("exp").and_then(time), account))
+        .unwrap_or_default();
+    serde_json::from_slice(&bytes).unwrap_or_default()
 }
 
 /// A time as credential files have it: milliseconds above 10¹¹, else seconds.
 fn time(value: &Value) -> Option<SystemTime> {
-    let number = value.as_f64()?.clamp(0.0, 1e15);
+    let number = value.as_f64()?.clamp(0.0, 1e14);
     let seconds = if number > 1e11 {
         number / 1000.0
     } else {
@@ -2166,20 +1725,24 @@ fn time(value: &Value) -> Option<SystemTime> {
     Some(UNIX_EPOCH + Duration::from_secs_f64(seconds))
 }
 
+/// When a new access token ends, by `expires_in` or its own claim.
+fn expiry(answer: &Value) -> Option<SystemTime> {
+    let seconds = answer.get("expires_in").and_then(Value::as_f64);
+    let seconds = seconds.map(|s| Duration::from_secs_f64(s.clamp(LIFETIME_MIN, LIFETIME_MAX)));
+    let claim = || time(claims(&secret_in(answer, "access_token")?).get("exp")?);
+    seconds.map(|s| SystemTime::now() + s).or_else(claim)
+}
+
 /// `Retry-After` in either form (RFC 9110 section 10.2.3).
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let text = headers.get("retry-after")?.to_str().ok()?;
+    let text = headers.get("retry-after")?.to_str().ok()?.trim();
     let date = || {
         httpdate::parse_http_date(text)
             .ok()?
             .duration_since(SystemTime::now())
             .ok()
     };
-    text.trim()
-        .parse()
-        .ok()
-        .map(Duration::from_secs)
-        .or_else(date)
+    text.parse().ok().map(Duration::from_secs).or_else(date)
 }
 
 // ─── upstream ────────────────────────────────────────────────────────────────────────────────
@@ -2197,31 +1760,19 @@ struct Provider {
     beta: Option<&'static str>,
     client_id: &'static str,
     scope: Option<&'static str>,
-    /// The error words that end a login, with status 400 or 401; `None`: every 4xx but 408, 429.
+    /// The error words that end a login, with status 400 or 401; `None`: any 4xx but 408, 429.
     final_words: Option<&'static [&'static str]>,
     file: &'static str,
-    /// What its file can look like: the first form whose object is there.
-    forms: &'static [Form],
+    /// The file's object that holds the tokens (else the file itself does), and its keys for
+    /// access token, refresh token and expiry.
+    object: &'static str,
+    keys: [&'static str; 3],
     /// The variable that tells the vendor's tool its folder, and the command that logs in.
     home: &'static str,
     login: &'static str,
 }
 
-/// Where a credential file keeps what. Keys are of `object`, or of the file itself.
-struct Form {
-    object: Option<&'static str>,
-    access: &'static str,
-    refresh: &'static str,
-    expires: Option<&'static str>,
-    account: Option<&'static str>,
-    id: Option<&'static str>,
-    /// A key of the file itself.
-    last_refresh: Option<&'static str>,
-    /// The unit of `expires` where the file has none yet.
-    milliseconds: bool,
-}
-
-/// Addresses, client ids, file names and error words: the vendors' own tools, Claude Code and
+/// Addresses, client ids, file names and error words of the vendors' own tools, Claude Code and
 /// Codex, as of November 2026.
 static PROVIDERS: [Provider; 2] = [
     Provider {
@@ -2234,16 +1785,8 @@ static PROVIDERS: [Provider; 2] = [
         scope: None,
         final_words: None,
         file: ".credentials.json",
-        forms: &[Form {
-            object: Some("claudeAiOauth"),
-            access: "accessToken",
-            refresh: "refreshToken",
-            expires: Some("expiresAt"),
-            account: None,
-            id: None,
-            last_refresh: None,
-            milliseconds: true,
-        }],
+        object: "claudeAiOauth",
+        keys: ["accessToken", "refreshToken", "expiresAt"],
         home: "CLAUDE_CONFIG_DIR",
         login: "claude /login",
     },
@@ -2262,28 +1805,8 @@ static PROVIDERS: [Provider; 2] = [
             "refresh_token_invalidated",
         ]),
         file: "auth.json",
-        forms: &[
-            Form {
-                object: Some("tokens"),
-                access: "access_token",
-                refresh: "refresh_token",
-                expires: None,
-                account: Some("account_id"),
-                id: Some("id_token"),
-                last_refresh: Some("last_refresh"),
-                milliseconds: false,
-            },
-            Form {
-                object: None,
-                access: "access_token",
-                refresh: "refresh_token",
-                expires: Some("expires_at"),
-                account: Some("account_id"),
-                id: None,
-                last_refresh: None,
-                milliseconds: false,
-            },
-        ],
+        object: "tokens",
+        keys: ["access_token", "refresh_token", "expires_at"],
         home: "CODEX_HOME",
         login: "codex login",
     },
@@ -2297,73 +1820,71 @@ impl Provider {
     fn is_final(&self, status: u16, word: &str) -> bool {
         match self.final_words {
             Some(words) => matches!(status, 400 | 401) && words.contains(&word),
-            None => (400..500).contains(&status) && status != 408 && status != 429,
+            None => matches!(status, 400..500) && !matches!(status, 408 | 429),
         }
-    }
-
-    fn form(&self, json: &Value) -> Option<&'static Form> {
-        let there = |form: &&Form| {
-            form.object
-                .is_none_or(|key| json.get(key).is_some_and(Value::is_object))
-        };
-        self.forms.iter().find(there)
     }
 
     fn token_in(&self, json: &Value) -> Option<Token> {
-        let form = self.form(json)?;
-        let object = form.object.map_or(Some(json), |key| json.get(key))?;
-        let text = |key: &str| {
-            object
-                .get(key)
-                .and_then(Value::as_str)
-                .and_then(Secret::new)
-        };
-        let access = text(form.access)?;
-        let (exp, claimed) = claims(&access).unwrap_or_default();
-        let expires = form
-            .expires
-            .and_then(|key| object.get(key))
+        let [access, refresh, expires] = self.keys;
+        let object = json
+            .get(self.object)
+            .filter(|o| o.is_object())
+            .unwrap_or(json);
+        let access = secret_in(object, access)?;
+        let claims = claims(&access);
+        let expires = object
+            .get(expires)
             .and_then(time)
-            .or(exp);
-        let account = form.account.and_then(|key| text(key).or(claimed));
+            .or(claims.get("exp").and_then(time));
+        let claimed = claims
+            .get("https://api.openai.com/auth")
+            .unwrap_or(&Value::Null);
+        let account = secret_in(object, "account_id");
+        let account = account.or_else(|| secret_in(claimed, "chatgpt_account_id"));
         Some(Token {
-            refresh: text(form.refresh),
+            access,
+            refresh: secret_in(object, refresh),
             expires,
             account,
-            access,
         })
     }
 
-    /// Writes a refresh's outcome into the parsed file; all else stays.
-    fn edit(&self, json: &mut Value, answer: &Answer) {
-        let Some(form) = self.form(json) else { return };
+    /// A token in memory, renewed by an endpoint's answer.
+    fn renew(&self, token: &mut Token, answer: &Value) {
+        token.access = secret_in(answer, "access_token").unwrap_or_else(|| token.access.clone());
+        token.refresh = secret_in(answer, "refresh_token").or(token.refresh.take());
+        token.expires = expiry(answer);
+    }
+
+    /// Writes an endpoint's answer into the parsed file; all else stays.
+    fn edit(&self, json: &mut Value, answer: &Value) {
         let now = SystemTime::now();
-        if let Some(key) = form.last_refresh {
-            json[key] = humantime::format_rfc3339_micros(now).to_string().into();
+        if let Some(last) = json.get_mut("last_refresh") {
+            *last = humantime::format_rfc3339_micros(now).to_string().into();
         }
-        let object = match form.object {
-            Some(key) => &mut json[key],
-            None => json,
-        };
-        object[form.access] = answer.access.expose().into();
-        if let Some(refresh) = &answer.refresh {
-            object[form.refresh] = refresh.expose().into();
+        let inside = json.get(self.object).is_some_and(Value::is_object);
+        let object = if inside { &mut json[self.object] } else { json };
+        let [access, refresh, expires] = self.keys;
+        for (key, new) in [
+            (access, "access_token"),
+            (refresh, "refresh_token"),
+            ("id_token", "id_token"),
+        ] {
+            if let (Some(old), Some(new)) = (object.get_mut(key), secret_in(answer, new)) {
+                *old = new.expose().into();
+            }
         }
-        if let (Some(key), Some(id)) = (form.id, &answer.id) {
-            object[key] = id.expose().into();
-        }
-        if let Some(key) = form.expires {
-            let old = object.get(key).and_then(Value::as_f64);
-            let milliseconds = old.map_or(form.milliseconds, |old| old > 1e11);
-            // The tools that share the file need a time: an hour, where nobody told one.
-            let expires = answer.expires.unwrap_or(now + Duration::from_secs(3600));
-            let since = expires.duration_since(UNIX_EPOCH).unwrap_or_default();
-            let number = if milliseconds {
-                since.as_millis() as u64
-            } else {
+        if let Some(old) = object.get_mut(expires) {
+            // Tools that share the file need a time: an hour, where nobody told one.
+            let at = expiry(answer).unwrap_or(now + Duration::from_secs(3600));
+            let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+            let seconds = old.as_f64().is_some_and(|old| old <= 1e11);
+            let number = if seconds {
                 since.as_secs()
+            } else {
+                since.as_millis() as u64
             };
-            object[key] = number.into();
+            *old = number.into();
         }
     }
 }
@@ -2380,51 +1901,41 @@ type AgentConfig = ureq::config::ConfigBuilder<ureq::typestate::AgentScope>;
 impl Network {
     fn new(config: &Config) -> Result<Network, Error> {
         let names = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"];
-        let set = names
-            .iter()
-            .find(|name| std::env::var_os(name).is_some_and(|v| !v.is_empty()));
-        let proxy = match (&config.proxy, set) {
-            (Some(proxy), _) => Some(proxy.clone()),
-            (None, Some(name)) => {
-                let proxy = ureq::Proxy::try_from_env();
-                let wrong = || {
-                    Error::start(format!(
-                        "{name} is no proxy URL (its value is not shown); http://host:port is one"
-                    ))
-                };
-                Some(proxy.ok_or_else(wrong)?)
-            }
-            (None, None) => None,
+        let set = |name: &&&str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+        let mut proxy = config.proxy.clone();
+        if let (None, Some(name)) = (&proxy, names.iter().find(set)) {
+            let wrong = || Error::start(format!("{name} (not shown)"), "expected a proxy's URL");
+            proxy = Some(ureq::Proxy::try_from_env().ok_or_else(wrong)?);
+        }
+        let file = std::env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty());
+        let Some(file) = file else {
+            return Ok(Network {
+                proxy,
+                roots: ureq::tls::RootCerts::WebPki,
+            });
         };
-        let roots = match std::env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty()) {
-            None => ureq::tls::RootCerts::WebPki,
-            Some(path) => {
-                let name = format!("SSL_CERT_FILE {}", Path::new(&path).display());
-                let pem = fs::read(&path).map_err(|e| Error::start(format!("read {name}: {e}")))?;
-                let items = ureq::tls::parse_pem(&pem).filter_map(|item| match item {
-                    Ok(ureq::tls::PemItem::Certificate(certificate)) => Some(certificate),
-                    _ => None,
-                });
-                let certificates: Vec<_> = items.collect();
-                if certificates.is_empty() {
-                    return Err(Error::start(format!(
-                        "{name}: no certificate in it; a PEM bundle was expected"
-                    )));
-                }
-                ureq::tls::RootCerts::from(certificates)
-            }
-        };
-        Ok(Network { proxy, roots })
+        let failed = |e: &dyn Display| Error::start(format!("SSL_CERT_FILE {}", file.display()), e);
+        let pem = fs::read(&file).map_err(|e| failed(&e))?;
+        let certificates = ureq::tls::parse_pem(&pem).filter_map(|item| match item {
+            Ok(ureq::tls::PemItem::Certificate(certificate)) => Some(certificate),
+            _ => None,
+        });
+        let certificates: Vec<_> = certificates.collect();
+        if certificates.is_empty() {
+            return Err(failed(&"no certificate in it; expected a PEM bundle"));
+        }
+        Ok(Network {
+            proxy,
+            roots: ureq::tls::RootCerts::from(certificates),
+        })
     }
 
     /// A ureq agent with everything automatic off.
-    fn agent(&self, url: &str, limits: impl FnOnce(AgentConfig) -> AgentConfig) -> ureq::Agent {
+    fn agent(&self, url: &str, limits: impl Fn(AgentConfig) -> AgentConfig) -> ureq::Agent {
         let loopback = url.parse().is_ok_and(|uri| is_loopback(&uri));
-        let tls = ureq::tls::TlsConfig::builder()
-            .root_certs(self.roots.clone())
-            .build();
+        let tls = ureq::tls::TlsConfig::builder().root_certs(self.roots.clone());
         let config = ureq::Agent::config_builder()
-            .tls_config(tls)
+            .tls_config(tls.build())
             .proxy(self.proxy.clone().filter(|_| !loopback))
             .http_status_as_error(false)
             .max_redirects(0)
@@ -2441,12 +1952,13 @@ impl Network {
     }
 }
 
+/// The host of a URL, where it is an address and needs no resolver.
+fn address_of(uri: &http::Uri) -> Option<IpAddr> {
+    uri.host()?.trim_matches(['[', ']']).parse().ok()
+}
+
 fn is_loopback(uri: &http::Uri) -> bool {
-    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
-    host == "localhost"
-        || host
-            .parse::<std::net::IpAddr>()
-            .is_ok_and(|ip| ip.is_loopback())
+    uri.host() == Some("localhost") || address_of(uri).is_some_and(|ip| ip.is_loopback())
 }
 
 struct Upstream {
@@ -2467,17 +1979,18 @@ struct Outgoing {
 
 impl Upstream {
     fn new(settings: ProviderSettings, config: &Config, network: &Network) -> Upstream {
+        let ProviderSettings {
+            provider,
+            headers,
+            base_url,
+            token_url,
+        } = settings;
         let time = Some(config.request_timeout);
-        // A literal address needs no resolver, whose time limit would cost a thread a request.
-        let literal = settings.base_url.parse::<http::Uri>().ok().and_then(|uri| {
-            uri.host()?
-                .trim_matches(['[', ']'])
-                .parse::<std::net::IpAddr>()
-                .ok()
-        });
-        let agent = network.agent(&settings.base_url, |agent| {
+        // An address needs no resolver, whose time limit costs a thread a request.
+        let named = base_url.parse().is_ok_and(|uri| address_of(&uri).is_none());
+        let agent = network.agent(&base_url, |agent| {
             agent
-                .timeout_resolve(time.filter(|_| literal.is_none()))
+                .timeout_resolve(time.filter(|_| named))
                 .timeout_connect(time)
                 .timeout_send_request(time)
                 .timeout_per_write(time)
@@ -2486,21 +1999,25 @@ impl Upstream {
                 .max_idle_connections(config.workers)
                 .max_idle_connections_per_host(config.workers)
         });
+        let path = provider.path(&config.state_dir);
+        let (network, state, changed) = (network.clone(), Mutex::default(), Condvar::new());
         let credential = Credential {
-            provider: settings.provider,
-            path: settings.provider.path(&config.state_dir),
-            token_url: settings.token_url,
-            network: network.clone(),
-            state: Mutex::default(),
-            changed: Condvar::new(),
+            provider,
+            path,
+            token_url,
+            network,
+            state,
+            changed,
         };
+        let credential = Arc::new(credential);
+        let request_timeout = config.request_timeout;
         Upstream {
-            provider: settings.provider,
-            base_url: settings.base_url,
-            headers: settings.headers,
+            provider,
+            base_url,
+            headers,
             agent,
-            credential: Arc::new(credential),
-            request_timeout: config.request_timeout,
+            credential,
+            request_timeout,
         }
     }
 
@@ -2509,45 +2026,37 @@ impl Upstream {
         &self,
         request: &tiny_http::Request,
         url: String,
-        facts: &Facts,
-    ) -> Result<Outgoing, Refusal> {
-        let mut headers = HeaderMap::with_capacity(request.headers().len() + 8);
+        head: &Head,
+    ) -> Result<Outgoing, Reply> {
+        let wrong = || malformed("it cannot be passed on");
+        let mut headers = HeaderMap::new();
         for header in request.headers() {
             let name = header.field.as_str().as_str().to_ascii_lowercase();
-            if self.is_dropped(&name) || facts.nominated.contains(&name) {
-                continue;
+            if !self.is_dropped(&name) && !head.nominated.contains(&name) {
+                let name = HeaderName::try_from(name).map_err(|_| wrong())?;
+                let value = HeaderValue::from_str(header.value.as_str()).map_err(|_| wrong())?;
+                headers.append(name, value);
             }
-            let name = HeaderName::from_bytes(name.as_bytes());
-            let value = HeaderValue::from_str(header.value.as_str());
-            let (Ok(name), Ok(value)) = (name, value) else {
-                return Err(Refusal::malformed("a header cannot be passed on"));
-            };
-            headers.append(name, value);
         }
-        for (name, value) in &self.headers {
-            headers.insert(name, value.clone());
-        }
-        if let Some(beta) = self.provider.beta {
-            let merged = merged_beta(&headers, beta);
-            let merged = HeaderValue::try_from(merged)
-                .map_err(|_| Refusal::malformed("anthropic-beta cannot be passed on"))?;
-            headers.insert("anthropic-beta", merged);
+        headers.extend(self.headers.iter().cloned());
+        if let Some(ours) = self.provider.beta {
+            let values = headers.get_all("anthropic-beta").iter();
+            let merged = merged_beta(values.filter_map(|v| v.to_str().ok()), ours);
+            headers.insert(
+                "anthropic-beta",
+                HeaderValue::try_from(merged).map_err(|_| wrong())?,
+            );
         }
         let method = http::Method::from_bytes(request.method().as_str().as_bytes());
-        let method = method.map_err(|_| Refusal::malformed("the method cannot be passed on"))?;
-        match facts.framing {
-            Framing::Sized(length) => {
-                drop(headers.insert(http::header::CONTENT_LENGTH, length.into()))
-            }
+        let method = method.map_err(|_| wrong())?;
+        match head.framing {
+            Framing::Sized(length) => drop(headers.insert(CONTENT_LENGTH, length.into())),
             Framing::Chunked => {
-                headers.insert(
-                    http::header::TRANSFER_ENCODING,
-                    HeaderValue::from_static("chunked"),
-                );
+                headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
             }
             // Without it ureq would send these chunked (RFC 9110 section 8.6 wants it anyway).
             Framing::Empty if matches!(method.as_str(), "POST" | "PUT" | "PATCH") => {
-                headers.insert(http::header::CONTENT_LENGTH, 0.into());
+                headers.insert(CONTENT_LENGTH, 0.into());
             }
             Framing::Empty => {}
         }
@@ -2564,7 +2073,7 @@ impl Upstream {
         is_reserved(name)
             || matches!(name, EXCHANGE | "forwarded" | "x-real-ip")
             || name.starts_with("x-forwarded-")
-            || (self.provider.beta.is_none() && name.starts_with("anthropic-"))
+            || self.provider.beta.is_none() && name.starts_with("anthropic-")
     }
 
     fn send(
@@ -2574,31 +2083,33 @@ impl Upstream {
         held: &[u8],
         exchange: &mut Exchange,
     ) -> Result<http::Response<ureq::Body>, Fault> {
-        let secret = |text: &str| {
-            let value = HeaderValue::try_from(text).map(|mut value| {
-                value.set_sensitive(true);
-                value
-            });
-            value.map_err(|_| Refusal::internal())
-        };
+        let internal = |_| Fault::from(Reply::internal()); // a Secret fits a header
         let mut headers = outgoing.headers.clone();
+        let bearer = format!("Bearer {}", token.access.expose());
         headers.insert(
-            http::header::AUTHORIZATION,
-            secret(&format!("Bearer {}", token.access.expose()))?,
+            AUTHORIZATION,
+            HeaderValue::try_from(bearer).map_err(internal)?,
         );
-        if let Some(account) = &token.account {
-            headers.insert("chatgpt-account-id", secret(account.expose())?);
+        if let Some(account) = token
+            .account
+            .as_ref()
+            .filter(|_| self.provider.beta.is_none())
+        {
+            let account = HeaderValue::try_from(account.expose()).map_err(internal)?;
+            headers.insert("chatgpt-account-id", account);
         }
-        let bodied = [
-            http::header::CONTENT_LENGTH,
-            http::header::TRANSFER_ENCODING,
-        ];
-        let bodied = bodied.iter().any(|name| headers.contains_key(name));
+        headers
+            .iter_mut()
+            .for_each(|(_, value)| value.set_sensitive(true));
+        let bodied = [CONTENT_LENGTH, TRANSFER_ENCODING]
+            .iter()
+            .any(|n| headers.contains_key(n));
         let request = http::Request::builder()
-            .method(outgoing.method.clone())
-            .uri(&outgoing.url)
-            .body(());
-        let mut request = request.map_err(|_| Refusal::malformed("the target is not a URL"))?;
+            .method(&outgoing.method)
+            .uri(&outgoing.url);
+        let mut request = request
+            .body(())
+            .map_err(|_| malformed("the target is not a URL"))?;
         *request.headers_mut() = headers;
         let mut body = held.chain(&mut *exchange);
         let answer = match bodied {
@@ -2607,51 +2118,50 @@ impl Upstream {
                 .run(request.map(|()| ureq::SendBody::from_reader(&mut body))),
             false => self.agent.run(request),
         };
-        match (answer, exchange.fault.take()) {
-            (Ok(answer), _) => Ok(answer),
-            (Err(_), Some(fault)) => Err(fault),
-            (Err(ureq::Error::Timeout(_)), None) => {
-                Err(Refusal::too_slow(self.provider.name, self.request_timeout).into())
+        let (name, limit) = (
+            self.provider.name,
+            humantime::format_duration(self.request_timeout),
+        );
+        answer.map_err(|e| match (exchange.fault.take(), e) {
+            (Some(fault), _) => fault,
+            (None, ureq::Error::Timeout(_)) => {
+                let message = format!("{name} did not answer within request_timeout, {limit}");
+                Reply::new(504, message).into()
             }
-            (Err(e), None) => Err(Refusal::unreachable(self.provider.name, &e).into()),
-        }
+            (None, e) => {
+                Reply::new(502, format!("{name} cannot be reached, or broke off: {e}")).into()
+            }
+        })
     }
 }
 
 /// Headers that neither a client nor a configuration may send upstream: authentication, account,
-/// framing, `host`, hop-by-hop (RFC 9110 section 7.6.1).
+/// framing, `host`, hop-by-hop.
 fn is_reserved(name: &str) -> bool {
+    is_hop_by_hop(name)
+        || matches!(
+            name,
+            "authorization" | "x-api-key" | "cookie" | "chatgpt-account-id"
+        )
+        || matches!(name, "host" | "expect" | "content-length")
+}
+
+/// RFC 9110 section 7.6.1, and what proxies say to each other.
+fn is_hop_by_hop(name: &str) -> bool {
     matches!(
         name,
-        "authorization"
-            | "x-api-key"
-            | "cookie"
-            | "host"
-            | "expect"
-            | "chatgpt-account-id"
-            | "content-length"
-            | "transfer-encoding"
-            | "connection"
-            | "keep-alive"
-            | "te"
-            | "trailer"
-            | "upgrade"
+        "connection" | "keep-alive" | "te" | "trailer" | "transfer-encoding" | "upgrade"
     ) || name.starts_with("proxy-")
 }
 
 /// The values of `anthropic-beta` in their order, with ours once.
-fn merged_beta(headers: &HeaderMap, ours: &str) -> String {
+fn merged_beta<'a>(values: impl Iterator<Item = &'a str>, ours: &'a str) -> String {
     let mut merged: Vec<&str> = Vec::new();
-    for value in headers.get_all("anthropic-beta") {
-        let items = value.to_str().unwrap_or_default().split(',').map(str::trim);
-        for item in items.filter(|item| !item.is_empty()) {
-            if item != ours || !merged.contains(&ours) {
-                merged.push(item);
-            }
+    for item in values.flat_map(|value| value.split(',')).chain([ours]) {
+        let item = item.trim();
+        if !item.is_empty() && (item != ours || !merged.contains(&ours)) {
+            merged.push(item);
         }
-    }
-    if !merged.contains(&ours) {
-        merged.push(ours);
     }
     merged.join(",")
 }
@@ -2664,73 +2174,52 @@ struct Socket {
     tcp: Arc<TcpStream>,
     /// When the present step ends in `TimedOut`.
     until: Instant,
-    /// What the kernel was last told, so that it is told again only when it matters.
-    read_timeout: Duration,
-    write_timeout: Duration,
+    /// What the kernel was last told of it, for reads and for writes.
+    told: [Duration; 2],
 }
 
 impl Socket {
-    /// The time left, when the kernel must be told; it may be told less, since every wait is
-    /// followed by another look at the clock.
-    fn left(until: Instant, told: Duration) -> io::Result<Option<Duration>> {
-        let left = until.saturating_duration_since(Instant::now());
-        if left < Duration::from_millis(1) {
-            return Err(io::ErrorKind::TimedOut.into());
+    /// Does one read or write. The kernel is told of the time left only when that has changed
+    /// much; it may be told less, as every wait is followed by another look at the clock.
+    fn step<T>(
+        &mut self,
+        write: bool,
+        mut go: impl FnMut(&TcpStream) -> io::Result<T>,
+    ) -> io::Result<T> {
+        loop {
+            let left = left_until(self.until);
+            if left < Duration::from_millis(1) {
+                return Err(ErrorKind::TimedOut.into());
+            }
+            let told = &mut self.told[usize::from(write)];
+            if *told < left / 2 || *told > left + Duration::from_millis(100) {
+                *told = left;
+                match write {
+                    true => self.tcp.set_write_timeout(Some(left))?,
+                    false => self.tcp.set_read_timeout(Some(left))?,
+                }
+            }
+            match go(&self.tcp) {
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+                outcome => return outcome,
+            }
         }
-        let near = told >= left / 2 && told <= left + Duration::from_millis(100);
-        Ok((!near).then_some(left))
     }
 }
 
 impl Read for Socket {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        loop {
-            if let Some(left) = Socket::left(self.until, self.read_timeout)? {
-                self.tcp.set_read_timeout(Some(left))?;
-                self.read_timeout = left;
-            }
-            match (&*self.tcp).read(out) {
-                Err(e)
-                    if matches!(
-                        e.kind(),
-                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                    ) => {}
-                outcome => return outcome,
-            }
-        }
-    }
-}
-
-impl Socket {
-    fn write_with(
-        &mut self,
-        write: impl Fn(&mut &TcpStream) -> io::Result<usize>,
-    ) -> io::Result<usize> {
-        loop {
-            if let Some(left) = Socket::left(self.until, self.write_timeout)? {
-                self.tcp.set_write_timeout(Some(left))?;
-                self.write_timeout = left;
-            }
-            match write(&mut &*self.tcp) {
-                Err(e)
-                    if matches!(
-                        e.kind(),
-                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                    ) => {}
-                outcome => return outcome,
-            }
-        }
+        self.step(false, |mut tcp| tcp.read(out))
     }
 }
 
 impl Write for Socket {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.write_with(|tcp| tcp.write(bytes))
+        self.step(true, |mut tcp| tcp.write(bytes))
     }
 
-    /// rustls hands over all records of a piece at once: one system call.
-    fn write_vectored(&mut self, parts: &[io::IoSlice]) -> io::Result<usize> {
-        self.write_with(|tcp| tcp.write_vectored(parts))
+    fn write_vectored(&mut self, parts: &[IoSlice]) -> io::Result<usize> {
+        self.step(true, |mut tcp| tcp.write_vectored(parts))
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -2741,58 +2230,51 @@ impl Write for Socket {
 struct Stream {
     socket: Socket,
     tls: Option<Box<rustls::ServerConnection>>,
-    /// Read from the client but not used yet, from `used` on: it travels with the stream.
+    /// Read from the client but not used yet: it travels with the stream.
     ahead: Vec<u8>,
-    used: usize,
 }
 
 impl Read for Stream {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let ahead = &self.ahead[self.used..];
-        if !ahead.is_empty() {
-            let count = ahead.len().min(out.len());
-            out[..count].copy_from_slice(&ahead[..count]);
-            self.consume(count);
-            return Ok(count);
+        if self.ahead.is_empty() {
+            return match &mut self.tls {
+                Some(tls) => rustls::Stream::new(&mut **tls, &mut self.socket).read(out),
+                None => self.socket.read(out),
+            };
         }
-        match &mut self.tls {
-            Some(tls) => rustls::Stream::new(&mut **tls, &mut self.socket).read(out),
-            None => self.socket.read(out),
-        }
+        let count = self.ahead.as_slice().read(out)?;
+        self.consume(count);
+        Ok(count)
     }
 }
 
 impl BufRead for Stream {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        if self.used == self.ahead.len() {
+        if self.ahead.is_empty() {
             self.fill()?;
         }
-        Ok(&self.ahead[self.used..])
+        Ok(&self.ahead)
     }
 
     fn consume(&mut self, count: usize) {
-        self.used += count;
-        if self.used == self.ahead.len() {
+        self.ahead.drain(..count);
+        if self.ahead.is_empty() {
             self.ahead = Vec::new(); // an idle connection holds no buffer
-            self.used = 0;
         }
     }
 }
 
 impl Stream {
     fn new(tcp: Arc<TcpStream>) -> Stream {
-        let (read_timeout, write_timeout) = (Duration::ZERO, Duration::ZERO);
         let socket = Socket {
             tcp,
             until: Instant::now(),
-            read_timeout,
-            write_timeout,
+            told: [Duration::ZERO; 2],
         };
         Stream {
             socket,
             tls: None,
             ahead: Vec::new(),
-            used: 0,
         }
     }
 
@@ -2809,39 +2291,42 @@ impl Stream {
     /// Takes in what has come, at the end of what was read ahead.
     fn fill(&mut self) -> io::Result<usize> {
         let mut chunk = [0; 4096];
-        let count = match &mut self.tls {
-            Some(tls) => rustls::Stream::new(&mut **tls, &mut self.socket).read(&mut chunk)?,
-            None => self.socket.read(&mut chunk)?,
-        };
-        self.ahead.extend_from_slice(&chunk[..count]);
-        Ok(count)
+        let ahead = std::mem::take(&mut self.ahead);
+        let count = self.read(&mut chunk);
+        self.ahead = ahead;
+        self.ahead
+            .extend_from_slice(&chunk[..*count.as_ref().unwrap_or(&0)]);
+        count
     }
 
     /// The next head; `None` when the client has nothing more to say.
-    fn read_head(&mut self) -> Result<Option<Head>, Refusal> {
-        let idle = self.used == self.ahead.len();
-        self.socket.until = Instant::now() + if idle { IDLE_TIME } else { HEAD_TIME };
-        let (mut searched, mut skipped) = (0, false);
+    fn read_head(&mut self) -> Result<Option<Head>, Reply> {
+        let (mut searched, mut begun) = (0, !self.ahead.is_empty());
+        self.socket.until = Instant::now() + if begun { HEAD_TIME } else { IDLE_TIME };
         loop {
             // One empty line before a request is nothing (RFC 9112 section 2.2).
-            if !skipped && self.ahead[self.used..].starts_with(b"\r\n") {
+            if searched < 2 && self.ahead.starts_with(b"\r\n") {
                 self.consume(2);
-                (searched, skipped) = (0, true);
+                searched = 0;
             }
-            let ahead = &self.ahead[self.used..];
-            if let Some(length) = head_end(ahead, searched)? {
-                let head = Head::parse(&ahead[..length])?;
+            if let Some(length) = head_end(&self.ahead, searched)? {
+                let head = Head::parse(&self.ahead[..length])?;
                 self.consume(length);
                 return Ok(Some(head));
             }
-            searched = ahead.len();
-            let begun = searched > 0 || skipped;
+            searched = self.ahead.len();
             match self.fill() {
                 Ok(0) => return Ok(None),
                 Ok(_) if begun => {}
-                Ok(_) => self.socket.until = Instant::now() + HEAD_TIME,
-                Err(e) if e.kind() == io::ErrorKind::TimedOut && begun => {
-                    return Err(Refusal::head_too_slow());
+                Ok(_) => {
+                    begun = true;
+                    self.socket.until = Instant::now() + HEAD_TIME;
+                }
+                Err(e) if e.kind() == ErrorKind::TimedOut && begun => {
+                    return Err(Reply::new(
+                        408,
+                        "the head did not come in time; send it at once",
+                    ));
                 }
                 Err(_) => return Ok(None),
             }
@@ -2851,57 +2336,13 @@ impl Stream {
     fn write_piece(&mut self, piece: &[u8]) -> io::Result<()> {
         self.socket.until = Instant::now() + PIECE_TIME;
         match &mut self.tls {
-            Some(tls) => {
-                let mut stream = rustls::Stream::new(&mut **tls, &mut self.socket);
-                stream.write_all(piece)?;
-                stream.flush()
-            }
+            Some(tls) => rustls::Stream::new(&mut **tls, &mut self.socket).write_all(piece),
             None => self.socket.write_all(piece),
         }
     }
 
-    fn refuse(&mut self, refusal: &Refusal, head_only: bool, last: bool) -> io::Result<u64> {
-        self.write_answer(
-            refusal.status,
-            &refusal.headers(),
-            &refusal.body(),
-            head_only,
-            last,
-        )
-    }
-
-    fn answer(&mut self, body: &[u8], head_only: bool, last: bool) -> io::Result<u64> {
-        self.write_answer(200, "", body, head_only, last)
-    }
-
-    /// An answer of our own, JSON. The size of its body comes back.
-    fn write_answer(
-        &mut self,
-        status: u16,
-        fields: &str,
-        body: &[u8],
-        head_only: bool,
-        last: bool,
-    ) -> io::Result<u64> {
-        let reason = http::StatusCode::from_u16(status)
-            .ok()
-            .and_then(|s| s.canonical_reason());
-        let date = httpdate::fmt_http_date(SystemTime::now());
-        let close = if last { "connection: close\r\n" } else { "" };
-        let mut bytes = format!(
-            "HTTP/1.1 {status} {}\r\ndate: {date}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n{close}{fields}\r\n",
-            reason.unwrap_or_default(),
-            body.len(),
-        )
-        .into_bytes();
-        let sent = if head_only { &[] } else { body };
-        bytes.extend_from_slice(sent);
-        self.write_piece(&bytes)?;
-        Ok(sent.len() as u64)
-    }
-
-    /// The last of a connection whose answer must still be read: a client that is sending sees
-    /// a reset, and not the answer, if it is closed at once (RFC 9112 section 9.6).
+    /// The end of a connection whose answer must still be read: a client that is sending sees a
+    /// reset, and not the answer, if it is closed at once (RFC 9112 section 9.6).
     fn linger(mut self) {
         self.socket.until = Instant::now() + LINGER_TIME;
         if let Some(tls) = &mut self.tls {
@@ -2909,8 +2350,7 @@ impl Stream {
             while tls.wants_write() && tls.write_tls(&mut self.socket).is_ok() {}
         }
         let _ = self.socket.tcp.shutdown(Shutdown::Write);
-        let mut drained = 0;
-        let mut chunk = [0; 4096];
+        let (mut drained, mut chunk) = (0, [0; 4096]);
         while drained < LINGER_SIZE {
             match self.socket.read(&mut chunk) {
                 Ok(0) | Err(_) => return,
@@ -2920,26 +2360,28 @@ impl Stream {
     }
 }
 
-/// A request body on its way up, by its framing.
-enum Upload {
-    Done,
-    Sized(u64),
-    Chunked(Chunked),
+/// A client's request on its way to a worker, all but what tiny_http carries.
+struct Exchange {
+    stream: Stream,
+    head: Head,
+    peer: SocketAddr,
+    started: Instant,
+    body: Body,
+    /// How much of the body came, and how long it was waited for.
+    received: u64,
+    waited: Duration,
+    /// Why reading the body failed: ureq shows only an error of its own.
+    fault: Option<Fault>,
 }
 
 impl Exchange {
-    fn new(stream: Stream, facts: Facts, peer: SocketAddr, started: Instant) -> Exchange {
-        let upload = match facts.framing {
-            Framing::Empty | Framing::Sized(0) => Upload::Done,
-            Framing::Sized(length) => Upload::Sized(length),
-            Framing::Chunked => Upload::Chunked(Chunked::default()),
-        };
+    fn new(stream: Stream, head: Head, peer: SocketAddr) -> Exchange {
         Exchange {
+            body: Body::new(head.framing),
             stream,
-            facts,
+            head,
             peer,
-            started,
-            upload,
+            started: Instant::now(),
             received: 0,
             waited: Duration::ZERO,
             fault: None,
@@ -2947,75 +2389,48 @@ impl Exchange {
     }
 
     fn unread(&self) -> bool {
-        !matches!(self.upload, Upload::Done)
+        !self.body.done
     }
 
     /// Reads the body into memory, whole if it is small. A large one that says its size is not
     /// read at all; of one that does not, its beginning.
     fn hold(&mut self) -> Result<Vec<u8>, Fault> {
-        let capacity = match self.upload {
-            Upload::Sized(length) if length > HELD_SIZE as u64 => return Ok(Vec::new()),
-            Upload::Sized(length) => length as usize,
-            _ => 0,
-        };
-        let mut held = Vec::with_capacity(capacity);
-        match self.by_ref().take(HELD_SIZE as u64).read_to_end(&mut held) {
-            Ok(_) => Ok(held),
-            Err(e) => Err(self
-                .fault
-                .take()
-                .unwrap_or_else(|| Fault::Broken(e.to_string()))),
+        if self.body.left > HELD_SIZE {
+            return Ok(Vec::new());
         }
+        let mut held = Vec::with_capacity(self.body.left as usize);
+        let outcome = self.by_ref().take(HELD_SIZE).read_to_end(&mut held);
+        let gone = |e: io::Error| Fault::Broken(e.to_string());
+        outcome.map_err(|e| self.fault.take().unwrap_or_else(|| gone(e)))?;
+        Ok(held)
     }
 
-    fn read_upload(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        if std::mem::take(&mut self.facts.expect) {
+    fn read_body(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        if std::mem::take(&mut self.head.expect) {
             self.stream.write_piece(b"HTTP/1.1 100 Continue\r\n\r\n")?;
         }
         // Only the time spent waiting for the client counts against it.
-        let earned = Duration::from_millis(self.received * 1000 / u64::from(BODY_RATE));
+        let earned = Duration::from_millis(self.received * 1000 / BODY_RATE);
         let began = Instant::now();
         self.stream.socket.until = began + (BODY_GRACE + earned).saturating_sub(self.waited);
-        let count = match &mut self.upload {
-            Upload::Done => return Ok(0),
-            Upload::Sized(left) => {
-                let room = (*left).min(out.len() as u64) as usize;
-                let count = self.stream.read(&mut out[..room])?;
-                *left -= count as u64;
-                if count == 0 {
-                    return Err(io::ErrorKind::UnexpectedEof.into());
-                }
-                if *left == 0 {
-                    self.upload = Upload::Done;
-                }
-                count
-            }
-            Upload::Chunked(chunked) => {
-                let count = chunked.read(&mut self.stream, out)?;
-                if chunked.done {
-                    self.upload = Upload::Done;
-                }
-                count
-            }
-        };
+        let count = self.body.read(&mut self.stream, out)?;
         self.waited += began.elapsed();
         self.received += count as u64;
         Ok(count)
     }
 }
 
-/// The body, decoded. An error leaves its reason in `fault`, since ureq shows only its own.
+/// The body, decoded.
 impl Read for Exchange {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        if out.is_empty() {
-            return Ok(0);
-        }
-        let fault = match self.read_upload(out) {
-            Ok(_) if self.received > BODY_SIZE => Refusal::body_too_large().into(),
+        let fault = match self.read_body(out) {
+            Ok(_) if self.received > BODY_SIZE => body_too_large().into(),
             Ok(count) => return Ok(count),
             Err(e) => match e.kind() {
-                io::ErrorKind::TimedOut => Refusal::body_too_slow().into(),
-                io::ErrorKind::InvalidData => Refusal::malformed(&e.to_string()).into(),
+                ErrorKind::TimedOut => {
+                    Reply::new(408, "the body came too slowly; send it faster").into()
+                }
+                ErrorKind::InvalidData => malformed(&e.to_string()).into(),
                 _ => Fault::Broken("the client went away while it sent the body".into()),
             },
         };
@@ -3024,92 +2439,88 @@ impl Read for Exchange {
     }
 }
 
-/// Decodes a chunked body (RFC 9112 section 7.1), strictly: CRLF only, trailers checked and
-/// dropped. Whatever is wrong is `InvalidData`.
+/// Takes a body out of a stream by its framing: one of a known size is one chunk. Chunks are
+/// read strictly (RFC 9112 section 7.1), trailers dropped; what is wrong is `InvalidData`.
 #[derive(Debug, Default)]
-struct Chunked {
+struct Body {
     /// Of the present chunk.
     left: u64,
+    chunked: bool,
     begun: bool,
     done: bool,
 }
 
-impl Chunked {
+impl Body {
+    fn new(framing: Framing) -> Body {
+        match framing {
+            Framing::Empty | Framing::Sized(0) => Body {
+                done: true,
+                ..Body::default()
+            },
+            Framing::Sized(left) => Body {
+                left,
+                ..Body::default()
+            },
+            Framing::Chunked => Body {
+                chunked: true,
+                ..Body::default()
+            },
+        }
+    }
+
     fn read(&mut self, source: &mut impl BufRead, out: &mut [u8]) -> io::Result<usize> {
-        if self.left == 0 && !self.done {
+        if self.chunked && self.left == 0 && !self.done {
             if self.begun && !chunk_line(source)?.is_empty() {
                 return Err(invalid("a chunk is longer than its size"));
             }
             self.begun = true;
-            self.left = chunk_size(&chunk_line(source)?)?;
-            if self.left == 0 {
-                trailers(source)?;
-                self.done = true;
+            let line = chunk_line(source)?;
+            let size = line
+                .split(';')
+                .next()
+                .filter(|s| s.bytes().all(|b| b.is_ascii_hexdigit()));
+            let size = size.and_then(|size| u64::from_str_radix(size, 16).ok());
+            self.left = size.ok_or_else(|| invalid("a chunk's size is not a number"))?;
+            let mut lines = 0;
+            self.done = self.left == 0;
+            while self.done && !chunk_line(source)?.is_empty() {
+                lines += 1;
+                if lines > FIELD_COUNT {
+                    return Err(invalid("there are too many trailers"));
+                }
             }
         }
-        if self.done {
+        if self.done || out.is_empty() {
             return Ok(0);
         }
-        let available = source.fill_buf()?;
-        if available.is_empty() {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        let count = available
+        let room = out
             .len()
-            .min(out.len())
             .min(usize::try_from(self.left).unwrap_or(usize::MAX));
-        out[..count].copy_from_slice(&available[..count]);
-        source.consume(count);
+        let count = source.read(&mut out[..room])?;
+        if count == 0 {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
         self.left -= count as u64;
+        self.done = self.left == 0 && !self.chunked;
         Ok(count)
     }
 }
 
-fn trailers(source: &mut impl BufRead) -> io::Result<()> {
-    for _ in 0..FIELD_COUNT {
-        let line = chunk_line(source)?;
-        if line.is_empty() {
-            return Ok(());
-        }
-        field(&line).map_err(|refusal| invalid(&refusal.message))?;
-    }
-    Err(invalid("there are too many trailer fields"))
-}
-
 fn invalid(why: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, why)
+    io::Error::new(ErrorKind::InvalidData, why)
 }
 
 fn chunk_line(source: &mut impl BufRead) -> io::Result<String> {
     let mut line = Vec::new();
     source.take(LINE_SIZE as u64).read_until(b'\n', &mut line)?;
     if line.is_empty() {
-        return Err(io::ErrorKind::UnexpectedEof.into());
+        return Err(ErrorKind::UnexpectedEof.into());
     }
-    let text = line
-        .strip_suffix(b"\r\n")
-        .filter(|text| text.iter().all(|b| matches!(b, b'\t' | b' '..=b'~')));
-    let text = text.ok_or_else(|| {
-        invalid("a line between chunks is not ended by CRLF, too long, or not plain")
-    })?;
-    Ok(String::from_utf8_lossy(text).into_owned())
-}
-
-/// A size in hexadecimal, and perhaps extensions, which are dropped.
-fn chunk_size(line: &str) -> io::Result<u64> {
-    let size = line.split(';').next().unwrap_or_default();
-    let plain = !size.is_empty() && size.bytes().all(|b| b.is_ascii_hexdigit());
-    let size = plain.then(|| u64::from_str_radix(size, 16).ok()).flatten();
-    size.ok_or_else(|| invalid("a chunk's size is not a hexadecimal number"))
-}
-
-/// How the end of an answer shows.
-#[derive(PartialEq)]
-enum Delivery {
-    NoBody,
-    Sized,
-    Chunked,
-    Close,
+    let text = String::from_utf8(line).ok().filter(|text| text.is_ascii());
+    let text = text.as_deref().and_then(|text| text.strip_suffix("\r\n"));
+    let text = text.filter(|text| text.bytes().all(|b| b == b'\t' || !b.is_ascii_control()));
+    let wrong = || invalid("a line between chunks is too long, not plain, or not ended by CRLF");
+    text.map(str::to_owned).ok_or_else(wrong)
 }
 
 /// Passes the answer down as it comes: each piece is written at once.
@@ -3118,34 +2529,21 @@ fn relay(
     exchange: &mut Exchange,
     access: &mut Access,
 ) -> Result<(), Fault> {
+    let gone = |e: io::Error| Fault::Broken(format!("the client went away, or took nothing: {e}"));
     let (parts, body) = answer.into_parts();
-    debug!(
-        "peer={} answer {}",
-        access.peer,
-        shown(
-            parts
-                .headers
-                .iter()
-                .map(|(n, v)| (n.as_str(), v.to_str().unwrap_or("?")))
-        )
-    );
-    let (head, delivery) = answer_head(&parts, &access.method, &mut exchange.facts);
-    let client_gone = |e: io::Error| match e.kind() {
-        io::ErrorKind::TimedOut => Fault::Broken(format!(
-            "the client took no data for {}s",
-            PIECE_TIME.as_secs()
-        )),
-        _ => Fault::Broken(format!("the client went away: {e}")),
-    };
+    let fields = parts.headers.iter();
+    let fields = fields.map(|(name, value)| (name.as_str(), value.to_str().unwrap_or_default()));
+    debug!("peer={} answer: {}", access.peer, shown(fields));
+    let (head, chunked) = answer_head(&parts, &access.method, &mut exchange.head);
     access.status = parts.status.as_u16();
     access.request_id = parts
         .headers
         .get("request-id")
         .or(parts.headers.get("x-request-id"))
         .cloned();
-    exchange.stream.write_piece(&head).map_err(client_gone)?;
+    exchange.stream.write_piece(&head).map_err(gone)?;
     access.first = Some(exchange.started.elapsed());
-    if delivery == Delivery::NoBody {
+    if access.method == "HEAD" || matches!(access.status, 204 | 304) {
         return Ok(());
     }
     // A chunk's size goes before the piece and CRLF behind it, so that it is one write.
@@ -3153,119 +2551,70 @@ fn relay(
     let mut piece = vec![0; SIZE + PIECE_SIZE + 2];
     let mut reader = body.into_reader();
     loop {
-        let count = reader
-            .read(&mut piece[SIZE..SIZE + PIECE_SIZE])
-            .map_err(upstream_broke)?;
-        if count == 0 {
-            break;
+        let count = match reader.read(&mut piece[SIZE..SIZE + PIECE_SIZE]) {
+            Ok(0) => break,
+            Ok(count) => count,
+            Err(e) => {
+                return Err(Fault::Broken(match ureq::Error::from(e) {
+                    ureq::Error::Timeout(_) => "upstream was silent for stream_idle_timeout".into(),
+                    e => format!("upstream broke off: {e}"),
+                }));
+            }
+        };
+        let end = SIZE + count;
+        if chunked {
+            piece[..SIZE].copy_from_slice(format!("{count:04x}\r\n").as_bytes());
+            piece[end..end + 2].copy_from_slice(b"\r\n");
         }
-        let mut range = SIZE..SIZE + count;
-        if delivery == Delivery::Chunked {
-            let size = format!("{count:04x}\r\n");
-            piece[..SIZE].copy_from_slice(size.as_bytes());
-            piece[range.end..range.end + 2].copy_from_slice(b"\r\n");
-            range = 0..range.end + 2;
-        }
-        exchange
-            .stream
-            .write_piece(&piece[range])
-            .map_err(client_gone)?;
+        let whole = if chunked { 0..end + 2 } else { SIZE..end };
+        exchange.stream.write_piece(&piece[whole]).map_err(gone)?;
         access.bytes += count as u64;
     }
-    if delivery == Delivery::Chunked {
-        exchange
-            .stream
-            .write_piece(b"0\r\n\r\n")
-            .map_err(client_gone)?;
+    if chunked {
+        exchange.stream.write_piece(b"0\r\n\r\n").map_err(gone)
+    } else {
+        Ok(())
     }
-    Ok(())
 }
 
-fn upstream_broke(e: io::Error) -> Fault {
-    Fault::Broken(match ureq::Error::from(e) {
-        ureq::Error::Timeout(_) => "upstream was silent for stream_idle_timeout".into(),
-        e => format!("upstream broke off: {e}"),
-    })
-}
-
-/// The answer's head: status and end-to-end fields, framed anew.
-fn answer_head(
-    parts: &http::response::Parts,
-    method: &str,
-    facts: &mut Facts,
-) -> (Vec<u8>, Delivery) {
-    let list = |name| {
-        parts
-            .headers
-            .get_all(name)
-            .iter()
-            .filter_map(|v| v.to_str().ok())
-    };
-    let nominated: Vec<String> = list("connection")
-        .flat_map(|v| v.split(','))
-        .map(|n| n.trim().to_ascii_lowercase())
-        .collect();
-    let status = parts.status.as_u16();
-    let chunked = parts.headers.contains_key(http::header::TRANSFER_ENCODING);
-    let length = parts
+/// The answer's head, framed anew; and whether its body goes in chunks. HTTP/1.0 has none: there
+/// the end of the connection is the end of a body without a size.
+fn answer_head(parts: &http::response::Parts, method: &str, asked: &mut Head) -> (Vec<u8>, bool) {
+    let connection = parts
         .headers
-        .get(http::header::CONTENT_LENGTH)
-        .filter(|_| !chunked && status != 204);
-    let delivery = match (
-        method == "HEAD" || matches!(status, 204 | 304),
-        length.is_some(),
-        facts.http10,
-    ) {
-        (true, ..) => Delivery::NoBody,
-        (_, true, _) => Delivery::Sized,
-        (_, _, false) => Delivery::Chunked,
-        (_, _, true) => Delivery::Close,
-    };
-    facts.close |= delivery == Delivery::Close;
-    let mut head = format!(
-        "HTTP/1.1 {status} {}\r\n",
-        parts.status.canonical_reason().unwrap_or_default()
-    )
-    .into_bytes();
-    let mut add = |name: &str, value: &[u8]| {
-        for part in [name.as_bytes(), b": ", value, b"\r\n"] {
-            head.extend_from_slice(part);
-        }
-    };
+        .get_all("connection")
+        .iter()
+        .filter_map(|v| v.to_str().ok());
+    let nominated: Vec<_> = connection
+        .flat_map(|v| v.split(','))
+        .map(str::trim)
+        .collect();
+    let bodyless = method == "HEAD" || matches!(parts.status.as_u16(), 204 | 304);
+    let sized = !parts.headers.contains_key(TRANSFER_ENCODING)
+        && parts.headers.contains_key(CONTENT_LENGTH);
+    asked.close |= !sized && !bodyless && asked.http10;
+    let reason = parts.status.canonical_reason().unwrap_or_default();
+    let mut head = format!("HTTP/1.1 {} {reason}\r\n", parts.status.as_u16()).into_bytes();
     for (name, value) in &parts.headers {
-        let name = name.as_str();
-        if !is_connection_field(name) && !nominated.iter().any(|n| n == name) {
-            add(name, value.as_bytes());
+        let ends_here = is_hop_by_hop(name.as_str())
+            || nominated
+                .iter()
+                .any(|n| n.eq_ignore_ascii_case(name.as_str()));
+        let unsaid =
+            matches!(name.as_str(), "set-cookie" | "alt-svc") || name == CONTENT_LENGTH && !sized;
+        if !ends_here && !unsaid {
+            head.extend([name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
         }
     }
-    if let Some(length) = length {
-        add("content-length", length.as_bytes());
+    let chunked = !sized && !bodyless && !asked.http10;
+    if chunked {
+        head.extend(b"transfer-encoding: chunked\r\n");
     }
-    if delivery == Delivery::Chunked {
-        add("transfer-encoding", b"chunked");
+    if asked.close {
+        head.extend(b"connection: close\r\n");
     }
-    if facts.close {
-        add("connection", b"close");
-    }
-    head.extend_from_slice(b"\r\n");
-    (head, delivery)
-}
-
-/// What an answer does not carry further: fields of its connection, and two that would bind the
-/// client to upstream.
-fn is_connection_field(name: &str) -> bool {
-    matches!(
-        name,
-        "connection"
-            | "keep-alive"
-            | "te"
-            | "trailer"
-            | "transfer-encoding"
-            | "upgrade"
-            | "content-length"
-            | "set-cookie"
-            | "alt-svc"
-    ) || name.starts_with("proxy-")
+    head.extend(b"\r\n");
+    (head, chunked)
 }
 
 // ─── config ──────────────────────────────────────────────────────────────────────────────────
@@ -3273,21 +2622,51 @@ fn is_connection_field(name: &str) -> bool {
 // file, the field, what was found and what would be right; what was found is not shown where it
 // could be a secret.
 
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
 struct Config {
+    #[serde(deserialize_with = "listen_address")]
     listen: String,
+    #[serde(deserialize_with = "path")]
     state_dir: PathBuf,
+    #[serde(deserialize_with = "log_level")]
     log_level: LevelFilter,
     providers: Vec<ProviderSettings>,
     users: Vec<User>,
+    #[serde(deserialize_with = "duration")]
     request_timeout: Duration,
+    #[serde(deserialize_with = "duration")]
     stream_idle_timeout: Duration,
+    #[serde(deserialize_with = "interval")]
     refresh_check_interval: Duration,
+    #[serde(deserialize_with = "workers")]
     workers: usize,
+    #[serde(deserialize_with = "proxy")]
     proxy: Option<ureq::Proxy>,
     tls: Option<TlsFiles>,
 }
 
-#[derive(Clone)]
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            listen: ":8080".into(),
+            state_dir: expand("~/.ai-mux").unwrap_or_default(),
+            log_level: LevelFilter::Info,
+            providers: Vec::new(),
+            users: Vec::new(),
+            request_timeout: Duration::from_secs(60),
+            stream_idle_timeout: Duration::from_secs(300),
+            refresh_check_interval: Duration::from_secs(600),
+            workers: 64,
+            proxy: None,
+            tls: None,
+        }
+    }
+}
+
+/// A provider, as configured.
+#[derive(Clone, Deserialize)]
+#[serde(try_from = "RawProvider")]
 struct ProviderSettings {
     provider: &'static Provider,
     headers: Vec<(HeaderName, HeaderValue)>,
@@ -3295,203 +2674,192 @@ struct ProviderSettings {
     token_url: String,
 }
 
-#[derive(Clone)]
-struct User {
-    name: String,
-    token: Secret,
-}
-
-#[derive(Clone)]
-struct TlsFiles {
-    cert: PathBuf,
-    key: PathBuf,
-}
-
-/// The file as written.
-#[derive(Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-struct Raw {
-    listen: Option<String>,
-    state_dir: Option<String>,
-    log_level: Option<String>,
-    providers: Option<Vec<RawEntry>>,
-    users: Option<Vec<RawUser>>,
-    request_timeout: Option<RawDuration>,
-    stream_idle_timeout: Option<RawDuration>,
-    refresh_check_interval: Option<RawDuration>,
-    workers: Option<u32>,
-    proxy: Option<RawSecret>,
-    tls: Option<RawTls>,
-}
-
-#[derive(Default, Deserialize)]
+#[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawProvider {
     name: String,
     #[serde(default)]
-    headers: Option<HashMap<String, RawSecret>>,
-    #[serde(default)]
+    headers: HashMap<String, Secret>,
+    #[serde(default, deserialize_with = "url")]
     base_url: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "url")]
     token_url: Option<String>,
+}
+
+impl TryFrom<RawProvider> for ProviderSettings {
+    type Error = String;
+
+    fn try_from(raw: RawProvider) -> Result<ProviderSettings, String> {
+        let known = PROVIDERS.iter().find(|p| p.name == raw.name);
+        let provider = known.ok_or_else(|| misfit("name", &raw.name, "claude or chatgpt"))?;
+        let mut headers = Vec::new();
+        for (name, value) in raw.headers {
+            let key = HeaderName::try_from(&name)
+                .ok()
+                .filter(|n| !is_reserved(n.as_str()));
+            let key = key.ok_or_else(|| misfit("headers", &name, "a header that may be set"))?;
+            let value = HeaderValue::try_from(value.expose());
+            headers.push((
+                key,
+                value.map_err(|_| format!("headers.{name}: not a header's value"))?,
+            ));
+        }
+        let base_url = raw.base_url.unwrap_or_else(|| provider.base_url.into());
+        let token_url = raw.token_url.unwrap_or_else(|| provider.token_url.into());
+        Ok(ProviderSettings {
+            provider,
+            headers,
+            base_url,
+            token_url,
+        })
+    }
+}
+
+#[derive(Clone, Deserialize)]
+#[serde(try_from = "RawUser")]
+struct User {
+    name: String,
+    token: Secret,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawUser {
     name: String,
-    token: Option<RawSecret>,
+    token: Option<Secret>,
     token_file: Option<String>,
 }
 
-#[derive(Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-struct RawTls {
+impl TryFrom<RawUser> for User {
+    type Error = String;
+
+    fn try_from(raw: RawUser) -> Result<User, String> {
+        let name = raw.name;
+        if name.is_empty() || name.chars().any(char::is_control) {
+            return Err(misfit("name", &name, "a name"));
+        }
+        let (field, token) = match (raw.token, raw.token_file) {
+            (Some(token), None) => ("token", Some(token)),
+            (None, Some(path)) => {
+                let failed = |e| format!("token_file: read {path}: {e}");
+                let text = fs::read_to_string(expand(&path)?).map_err(failed)?;
+                ("token_file", Secret::new(text.trim()))
+            }
+            _ => return Err("expected one of `token` and `token_file`".into()),
+        };
+        let token = token.filter(|token| token.expose().len() >= 16);
+        let wrong = || format!("{field}: (not shown) expected 16 or more visible ASCII characters");
+        Ok(User {
+            token: token.ok_or_else(wrong)?,
+            name,
+        })
+    }
+}
+
+#[derive(Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TlsFiles {
+    #[serde(default)]
     enabled: bool,
-    cert_path: Option<String>,
-    key_path: Option<String>,
+    #[serde(rename = "cert_path", default, deserialize_with = "path")]
+    cert: PathBuf,
+    #[serde(rename = "key_path", default, deserialize_with = "path")]
+    key: PathBuf,
 }
 
-/// A provider's entry: its name, or the long form.
-struct RawEntry(RawProvider);
-
-impl<'de> Deserialize<'de> for RawEntry {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<RawEntry, D::Error> {
-        struct Visitor;
-        impl<'de> de::Visitor<'de> for Visitor {
-            type Value = RawEntry;
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("a provider's name, or a map with `name`")
-            }
-            fn visit_str<E: de::Error>(self, name: &str) -> Result<RawEntry, E> {
-                Ok(RawEntry(RawProvider {
-                    name: name.into(),
-                    ..RawProvider::default()
-                }))
-            }
-            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<RawEntry, A::Error> {
-                RawProvider::deserialize(de::value::MapAccessDeserializer::new(map)).map(RawEntry)
-            }
-        }
-        deserializer.deserialize_any(Visitor)
+impl TlsFiles {
+    fn stamps(&self) -> [Option<Stamp>; 2] {
+        [Stamp::of(&self.cert), Stamp::of(&self.key)]
     }
-}
 
-/// `60s`, `1h30m`, `1.5h`, `500ms`, or a whole number of seconds.
-struct RawDuration(Duration);
-
-impl<'de> Deserialize<'de> for RawDuration {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<RawDuration, D::Error> {
-        let value = serde_yaml::Value::deserialize(deserializer)?;
-        let duration = match &value {
-            serde_yaml::Value::Number(n) => n.as_u64().map(Duration::from_secs),
-            serde_yaml::Value::String(text) => humantime::parse_duration(text).ok(),
-            _ => None,
-        };
-        let found = || serde_yaml::to_string(&value).unwrap_or_default();
-        let wrong = || {
-            format!(
-                "found {}, expected a duration such as 60s, 10m, 1h30m, or seconds",
-                found().trim()
-            )
-        };
-        duration
-            .map(RawDuration)
-            .ok_or_else(|| de::Error::custom(wrong()))
-    }
-}
-
-/// A string that no message shows.
-struct RawSecret(String);
-
-impl<'de> Deserialize<'de> for RawSecret {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<RawSecret, D::Error> {
-        match serde_yaml::Value::deserialize(deserializer)? {
-            serde_yaml::Value::String(text) => Ok(RawSecret(text)),
-            _ => Err(de::Error::custom("expected a string, in quotes if need be")),
-        }
+    fn load(&self) -> Result<Arc<CertifiedKey>, String> {
+        let (cert, key) = (self.cert.display(), self.key.display());
+        let pem = fs::read(&self.cert).map_err(|e| format!("cert_path: read {cert:?}: {e}"))?;
+        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
+        let chain = chain.ok().filter(|chain| !chain.is_empty());
+        let chain =
+            chain.ok_or_else(|| format!("cert_path: no certificate in {cert}, expected PEM"))?;
+        let pem = fs::read(&self.key).map_err(|e| format!("key_path: read {key:?}: {e}"))?;
+        // The parser's own error could quote the key.
+        let der = PrivateKeyDer::from_pem_slice(&pem);
+        let der = der.map_err(|_| format!("key_path: no private key in {key}, expected PEM"))?;
+        let pair = CertifiedKey::from_der(chain, der, &rustls::crypto::ring::default_provider());
+        pair.map(Arc::new)
+            .map_err(|e| format!("key_path: {key} is not the key of {cert}: {e}"))
     }
 }
 
 impl Config {
     fn load(path: Option<&Path>) -> Result<Config, Error> {
         let Some(path) = path else {
-            return Config::check(Raw::default()).map_err(Error::config);
+            return Ok(Config::default());
         };
-        let wrong = |what: String| Error::config(format!("{}: {what}", path.display()));
-        let text = fs::read_to_string(path).map_err(|e| wrong(format!("read: {e}")))?;
-        let value: serde_yaml::Value = match path.extension().is_some_and(|e| e == "json") {
-            true => serde_json::from_str(&text).map_err(|e| wrong(format!("not JSON: {e}")))?,
-            false => serde_yaml::from_str(&text).map_err(|e| wrong(format!("not YAML: {e}")))?,
+        let wrong = |e: &dyn Display| Error::config(format!("{}: {e}", path.display()));
+        let text = fs::read_to_string(path).map_err(|e| wrong(&format!("read: {e}")))?;
+        let mut file: serde_yaml::Value = match path.extension().is_some_and(|e| e == "json") {
+            true => serde_json::from_str(&text).map_err(|e| wrong(&e))?,
+            false => serde_yaml::from_str(&text).map_err(|e| wrong(&e))?,
         };
-        if value.is_null() {
-            return Config::check(Raw::default()).map_err(wrong);
+        // The short forms: no value is the default, a provider's name is its entry.
+        if file.is_null() {
+            file = serde_yaml::Mapping::new().into();
         }
-        let raw = serde_path_to_error::deserialize(value).map_err(|e| wrong(misfit(&e)))?;
-        Config::check(raw).map_err(wrong)
+        file.as_mapping_mut()
+            .map(|fields| fields.retain(|_, value| !value.is_null()));
+        for entry in file
+            .get_mut("providers")
+            .and_then(|p| p.as_sequence_mut())
+            .into_iter()
+            .flatten()
+        {
+            if entry.is_string() {
+                let fields = [("name".into(), entry.clone())];
+                *entry = serde_yaml::Mapping::from_iter(fields).into();
+            }
+        }
+        let config: Config =
+            serde_path_to_error::deserialize(file).map_err(|e| wrong(&told(&e)))?;
+        config.check().map_err(|e| wrong(&e))?;
+        Ok(config)
     }
 
-    fn check(raw: Raw) -> Result<Config, String> {
-        let seconds = Duration::from_secs;
-        let listen = raw.listen.unwrap_or_else(|| ":8080".into());
-        let port = listen
-            .rsplit_once(':')
-            .filter(|(host, _)| !host.contains(':') || host.ends_with(']'));
-        if port.is_none_or(|(_, port)| port.parse::<u16>().is_err()) {
-            return Err(misfound("listen", &listen, "\":PORT\" or \"HOST:PORT\""));
-        }
-        let log_level = match raw.log_level.as_deref().unwrap_or("info") {
-            "debug" => LevelFilter::Debug,
-            "info" => LevelFilter::Info,
-            "warn" => LevelFilter::Warn,
-            "error" => LevelFilter::Error,
-            other => return Err(misfound("log_level", other, "debug, info, warn or error")),
-        };
-        let workers = raw.workers.unwrap_or(64);
-        if !(1..=4096).contains(&workers) {
-            return Err(misfound("workers", &workers.to_string(), "1 to 4096"));
-        }
-        let proxy = raw.proxy.map(|url| match ureq::Proxy::new(&url.0) {
-            Ok(proxy) if url.0.contains("://") => Ok(proxy),
-            _ => Err("proxy: no proxy URL (not shown), expected http://HOST:PORT, socks5://HOST:PORT or the like"),
-        });
-        let check = |field, raw: Option<RawDuration>, least, default| match raw {
-            None => Ok(default),
-            Some(RawDuration(d)) if d >= least && d <= seconds(365 * 86400) => Ok(d),
-            Some(RawDuration(d)) => {
-                let found = humantime::format_duration(d).to_string();
-                let least = humantime::format_duration(least);
-                Err(misfound(field, &found, &format!("{least} to 365days")))
+    /// What one field alone cannot tell.
+    fn check(&self) -> Result<(), String> {
+        for (at, user) in self.users.iter().enumerate() {
+            if self.users[..at].iter().any(|other| other.name == user.name) {
+                return Err(misfit(
+                    &format!("users[{at}].name"),
+                    &user.name,
+                    "each name once",
+                ));
             }
-        };
-        let millisecond = Duration::from_millis(1);
-        Ok(Config {
-            listen,
-            state_dir: expand("state_dir", raw.state_dir.as_deref().unwrap_or("~/.ai-mux"))?,
-            log_level,
-            providers: check_providers(raw.providers.unwrap_or_default())?,
-            users: check_users(raw.users.unwrap_or_default())?,
-            request_timeout: check(
-                "request_timeout",
-                raw.request_timeout,
-                millisecond,
-                seconds(60),
-            )?,
-            stream_idle_timeout: check(
-                "stream_idle_timeout",
-                raw.stream_idle_timeout,
-                millisecond,
-                seconds(300),
-            )?,
-            refresh_check_interval: check(
-                "refresh_check_interval",
-                raw.refresh_check_interval,
-                seconds(1),
-                seconds(600),
-            )?,
-            workers: workers as usize,
-            proxy: proxy.transpose()?,
-            tls: check_tls(raw.tls.unwrap_or_default())?,
+            if self.users[..at]
+                .iter()
+                .any(|other| other.token == user.token)
+            {
+                return Err(format!(
+                    "users[{at}].token: (not shown) expected each token once"
+                ));
+            }
+        }
+        for (at, settings) in self.providers.iter().enumerate() {
+            let name = settings.provider.name;
+            if self.providers[..at]
+                .iter()
+                .any(|other| other.provider.name == name)
+            {
+                return Err(misfit(
+                    &format!("providers[{at}].name"),
+                    name,
+                    "each provider once",
+                ));
+            }
+        }
+        if self.state_dir.as_os_str().is_empty() {
+            return Err("state_dir: no HOME for its default, expected a path".into());
+        }
+        self.tls.as_ref().map_or(Ok(()), |tls| {
+            tls.load().map(drop).map_err(|e| format!("tls.{e}"))
         })
     }
 
@@ -3500,218 +2868,161 @@ impl Config {
         if !self.providers.is_empty() {
             return Ok(self.providers.clone());
         }
-        let path = |provider: &Provider| provider.path(&self.state_dir);
-        let found: Vec<_> = PROVIDERS
+        let found = PROVIDERS
             .iter()
-            .filter(|p| path(p).exists())
-            .map(ProviderSettings::default_of)
+            .filter(|p| p.path(&self.state_dir).exists());
+        let found: Vec<_> = found
+            .map(|provider| ProviderSettings {
+                provider,
+                headers: Vec::new(),
+                base_url: provider.base_url.into(),
+                token_url: provider.token_url.into(),
+            })
             .collect();
         if found.is_empty() {
-            let looked: Vec<_> = PROVIDERS
-                .iter()
-                .map(|p| path(p).display().to_string())
-                .collect();
-            return Err(Error::start(format!(
-                "no login found: neither {}; log in as README says, or name `providers` to start without",
-                looked.join(" nor ")
-            )));
+            let [claude, chatgpt] = PROVIDERS.each_ref().map(|p| p.path(&self.state_dir));
+            let looked = format!(
+                "neither {} nor {} is there",
+                claude.display(),
+                chatgpt.display()
+            );
+            return Err(Error::start(
+                "find a login",
+                looked + "; log in, or set `providers`",
+            ));
         }
         Ok(found)
     }
 }
 
-fn misfound(field: &str, found: &str, right: &str) -> String {
+fn misfit(field: &str, found: &str, right: &str) -> String {
     format!("{field}: found {found:?}, expected {right}")
 }
 
-/// A value of the wrong type, or a field that is unknown. serde's message ends in what was
-/// expected; what was found stays out where it could be a secret that slipped.
-fn misfit(error: &serde_path_to_error::Error<serde_yaml::Error>) -> String {
+/// serde's error, with the field's path. It ends in what was expected; what was found stays out
+/// where a secret could have slipped to.
+fn told(error: &serde_path_to_error::Error<serde_yaml::Error>) -> String {
     let (path, message) = (error.path().to_string(), error.inner().to_string());
     let secret = path == "."
-        || path.starts_with("users")
-        || path.starts_with("proxy")
+        || ["users", "proxy"].iter().any(|p| path.starts_with(p))
         || path.contains("headers");
     match message.find("expected") {
-        Some(at) if secret => format!("{path}: what was found is not shown, {}", &message[at..]),
-        None if secret && !message.starts_with("missing field") => {
-            format!("{path}: not as it should be (not shown)")
+        Some(at) if secret && message.contains("invalid") => {
+            format!("{path}: (not shown) {}", &message[at..])
         }
         _ => format!("{path}: {message}"),
     }
 }
 
-fn expand(field: &str, path: &str) -> Result<PathBuf, String> {
+fn expand(path: &str) -> Result<PathBuf, String> {
     match (path.strip_prefix('~'), std::env::var_os("HOME")) {
         (Some(rest), Some(home)) if rest.is_empty() || rest.starts_with('/') => {
             Ok(PathBuf::from(home).join(rest.trim_start_matches('/')))
         }
-        (Some(_), _) => Err(misfound(field, path, "a path, or ~/PATH with HOME set")),
-        (None, _) if path.is_empty() => Err(misfound(field, path, "a path")),
-        (None, _) => Ok(PathBuf::from(path)),
+        (None, _) if !path.is_empty() => Ok(path.into()),
+        _ => Err(format!(
+            "found {path:?}, expected a path, or ~/PATH where HOME is set"
+        )),
     }
 }
 
-fn check_providers(entries: Vec<RawEntry>) -> Result<Vec<ProviderSettings>, String> {
-    let mut checked: Vec<ProviderSettings> = Vec::new();
-    for (index, RawEntry(raw)) in entries.into_iter().enumerate() {
-        let at = |field: &str| format!("providers[{index}].{field}");
-        let Some(provider) = PROVIDERS.iter().find(|p| p.name == raw.name) else {
-            return Err(misfound(&at("name"), &raw.name, "claude or chatgpt"));
-        };
-        if checked
-            .iter()
-            .any(|other| other.provider.name == provider.name)
-        {
-            return Err(misfound(&at("name"), &raw.name, "each provider once"));
-        }
-        let mut settings = ProviderSettings::default_of(provider);
-        for (name, value) in raw.headers.unwrap_or_default() {
-            let field = at(&format!("headers.{name}"));
-            let parsed = HeaderName::from_bytes(name.as_bytes())
-                .ok()
-                .filter(|n| !is_reserved(n.as_str()));
-            let parsed =
-                parsed.ok_or_else(|| format!("{field}: not a header that may be set here"))?;
-            let value = HeaderValue::from_str(&value.0);
-            let value = value.map_err(|_| {
-                format!("{field}: the value (not shown) has a character that headers cannot have")
-            })?;
-            settings.headers.push((parsed, value));
-        }
-        for (field, raw, url) in [
-            ("base_url", raw.base_url, &mut settings.base_url),
-            ("token_url", raw.token_url, &mut settings.token_url),
-        ] {
-            if let Some(raw) = raw {
-                *url = check_url(&at(field), &raw)?;
-            }
-        }
-        checked.push(settings);
-    }
-    Ok(checked)
+/// A string, made into what it stands for; `right` says what that can be.
+fn parsed<'de, D: Deserializer<'de>, T>(
+    deserializer: D,
+    right: &str,
+    parse: impl Fn(&str) -> Option<T>,
+) -> Result<T, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    parse(&text).ok_or_else(|| de::Error::custom(format!("found {text:?}, expected {right}")))
 }
 
-impl ProviderSettings {
-    fn default_of(provider: &'static Provider) -> ProviderSettings {
-        let (base_url, token_url) = (provider.base_url.into(), provider.token_url.into());
-        ProviderSettings {
-            provider,
-            headers: Vec::new(),
-            base_url,
-            token_url,
-        }
-    }
+fn listen_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    parsed(deserializer, "\":PORT\" or \"HOST:PORT\"", |text| {
+        let (host, port) = text.rsplit_once(':')?;
+        let plain = !host.contains(':') || host.starts_with('[') && host.ends_with(']');
+        (plain && port.parse::<u16>().is_ok()).then(|| text.to_owned())
+    })
 }
 
-fn check_url(field: &str, url: &str) -> Result<String, String> {
-    let right = "https://HOST/PATH, or http:// to a loopback address, without user or query";
-    let parsed: Option<http::Uri> = url.parse().ok();
-    let fine = parsed.is_some_and(|uri| {
-        let plain = uri.authority().is_some_and(|a| !a.as_str().contains('@'))
-            && uri.query().is_none()
-            && !url.contains('#');
-        plain
-            && (uri.scheme_str() == Some("https")
-                || uri.scheme_str() == Some("http") && is_loopback(&uri))
-    });
-    // A URL with a user in it has a password in it.
-    let found = if url.contains('@') {
-        "(not shown)"
-    } else {
-        url
+fn path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+    expand(&String::deserialize(deserializer)?).map_err(de::Error::custom)
+}
+
+fn log_level<'de, D: Deserializer<'de>>(deserializer: D) -> Result<LevelFilter, D::Error> {
+    let levels = [
+        LevelFilter::Debug,
+        LevelFilter::Info,
+        LevelFilter::Warn,
+        LevelFilter::Error,
+    ];
+    let named = |text: &str| {
+        levels
+            .into_iter()
+            .find(|l| l.as_str().to_ascii_lowercase() == text)
     };
-    if fine {
-        Ok(url.trim_end_matches('/').to_owned())
-    } else {
-        Err(misfound(field, found, right))
-    }
+    parsed(deserializer, "debug, info, warn or error", named)
 }
 
-fn check_users(users: Vec<RawUser>) -> Result<Vec<User>, String> {
-    let mut checked: Vec<User> = Vec::new();
-    for (index, raw) in users.into_iter().enumerate() {
-        let at = |field: &str| format!("users[{index}].{field}");
-        if raw.name.is_empty() || raw.name == "-" || raw.name.chars().any(char::is_control) {
-            return Err(misfound(&at("name"), &raw.name, "a name"));
-        }
-        let (field, token) = match (raw.token, raw.token_file) {
-            (Some(RawSecret(token)), None) => (at("token"), token),
-            (None, Some(path)) => {
-                let path = expand(&at("token_file"), &path)?;
-                let read = fs::read_to_string(&path);
-                let text = read
-                    .map_err(|e| format!("{}: read {}: {e}", at("token_file"), path.display()))?;
-                (at("token_file"), text.trim().to_owned())
-            }
-            _ => {
-                return Err(format!(
-                    "users[{index}]: expected `token` or `token_file`, and not both"
-                ));
-            }
-        };
-        let token = Secret::new(&token).filter(|t| t.expose().len() >= 16);
-        let token = token.ok_or_else(|| format!("{field}: expected at least 16 characters, visible ASCII (what was found is not shown)"))?;
-        if checked.iter().any(|other| other.name == raw.name) {
-            return Err(misfound(&at("name"), &raw.name, "each name once"));
-        }
-        if checked.iter().any(|other| other.token == token) {
-            return Err(format!(
-                "{field}: the same token as another user's, expected one for each"
-            ));
-        }
-        checked.push(User {
-            name: raw.name,
-            token,
+fn workers<'de, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::Error> {
+    let number = u32::deserialize(deserializer)?;
+    let right = (1..=4096).contains(&number).then_some(number as usize);
+    right.ok_or_else(|| de::Error::custom(format!("found {number}, expected 1 to 4096")))
+}
+
+/// `60s`, `1h30m`, `1.5h`, `500ms`, or a whole number of seconds; more than nothing, and no more
+/// than a year, so that no sum with a clock overflows.
+fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let value = serde_yaml::Value::deserialize(deserializer)?;
+    let seconds = value.as_u64().map(Duration::from_secs);
+    let duration = seconds.or_else(|| humantime::parse_duration(value.as_str()?).ok());
+    let year = Duration::from_secs(365 * 86400);
+    let duration = duration.filter(|d| (Duration::from_millis(1)..=year).contains(d));
+    let found = serde_yaml::to_string(&value).unwrap_or_default();
+    let wrong = || {
+        format!(
+            "found {}, expected 60s, 10m, 1h30m or the like, or seconds",
+            found.trim()
+        )
+    };
+    duration.ok_or_else(|| de::Error::custom(wrong()))
+}
+
+fn interval<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let time = duration(deserializer)?;
+    let right = Some(time).filter(|time| time.as_secs() >= 1);
+    right.ok_or_else(|| de::Error::custom(format!("found {time:?}, expected at least 1s")))
+}
+
+fn proxy<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<ureq::Proxy>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let uri: Option<http::Uri> = text.parse().ok();
+    let whole = uri.is_some_and(|uri| {
+        let port = uri.authority().is_some_and(|a| {
+            a.as_str()
+                .ends_with(&format!("{}:{}", a.host(), a.port_u16().unwrap_or(0)))
+                || a.as_str().ends_with(a.host())
         });
-    }
-    Ok(checked)
+        uri.scheme().is_some() && uri.host().is_some_and(|host| !host.is_empty()) && port
+    });
+    let proxy = ureq::Proxy::new(&text).ok().filter(|_| whole).map(Some);
+    let right = "(not shown) expected http://HOST:PORT, socks5://HOST:PORT or the like";
+    proxy.ok_or_else(|| de::Error::custom(right))
 }
 
-fn check_tls(raw: RawTls) -> Result<Option<TlsFiles>, String> {
-    if !raw.enabled {
-        return Ok(None);
-    }
-    let path = |field: &str, path: Option<String>| {
-        let path =
-            path.ok_or_else(|| format!("{field}: not given, expected the path of a PEM file"))?;
-        expand(field, &path)
-    };
-    let files = TlsFiles {
-        cert: path("tls.cert_path", raw.cert_path)?,
-        key: path("tls.key_path", raw.key_path)?,
-    };
-    files
-        .load()
-        .map(|_| Some(files))
-        .map_err(|e| format!("tls: {e}"))
+fn url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let right = "https://HOST/PATH, or http:// to a loopback address; no user, no query";
+    parsed(deserializer, right, |text| {
+        let uri: http::Uri = text.parse().ok()?;
+        let safe = uri.scheme_str() == Some("https")
+            || uri.scheme_str() == Some("http") && is_loopback(&uri);
+        let plain = uri.host().is_some_and(|h| !h.is_empty()) && !text.contains(['@', '?', '#']);
+        (safe && plain).then(|| Some(text.trim_end_matches('/').to_owned()))
+    })
 }
 
-impl TlsFiles {
-    fn load(&self) -> Result<Arc<CertifiedKey>, String> {
-        let (cert, key) = (self.cert.display(), self.key.display());
-        let pem = fs::read(&self.cert).map_err(|e| format!("cert_path: read {cert}: {e}"))?;
-        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
-        let chain = chain.map_err(|e| format!("cert_path: {cert}: {e}"))?;
-        if chain.is_empty() {
-            return Err(format!(
-                "cert_path: {cert} holds no certificate, expected PEM"
-            ));
-        }
-        let pem = fs::read(&self.key).map_err(|e| format!("key_path: read {key}: {e}"))?;
-        // The parser's error could quote the key.
-        let der = PrivateKeyDer::from_pem_slice(&pem);
-        let der = der.map_err(|_| {
-            format!("key_path: {key} holds no private key, expected PEM: PKCS#8, PKCS#1 or SEC1")
-        })?;
-        let pair = CertifiedKey::from_der(chain, der, &rustls::crypto::ring::default_provider());
-        pair.map(Arc::new)
-            .map_err(|e| format!("{cert} and {key} are no pair: {e}"))
-    }
-}
-
-// ─── errors ──────────────────────────────────────────────────────────────────────────────────
-// A `Refusal` is what a client hears, an `Error` what the operator reads when it cannot start.
+// ─── replies and errors ──────────────────────────────────────────────────────────────────────
+// A `Reply` is what a client hears from ai-mux itself, an `Error` what the operator reads when
+// it cannot start. Both say what to do.
 
 struct Error {
     code: u8,
@@ -3719,196 +3030,122 @@ struct Error {
 }
 
 impl Error {
-    fn start(message: String) -> Error {
-        Error { code: 1, message }
-    }
-
-    fn config(message: String) -> Error {
-        Error { code: 2, message }
-    }
-}
-
-/// An error of ai-mux's own, in the shape that both vendors' SDKs show.
-#[derive(Debug)]
-struct Refusal {
-    status: u16,
-    /// Anthropic's word for this kind of error.
-    kind: &'static str,
-    code: &'static str,
-    message: String,
-    retry_after: Option<Duration>,
-    /// Trying again cannot help: without `x-should-retry: false`, SDKs do so for minutes.
-    hopeless: bool,
-}
-
-impl Refusal {
-    fn new(status: u16, kind: &'static str, code: &'static str, message: String) -> Refusal {
-        Refusal {
-            status,
-            kind,
-            code,
-            message,
-            retry_after: None,
-            hopeless: false,
+    fn start(what: impl Display, why: impl Display) -> Error {
+        Error {
+            code: 1,
+            message: format!("{what}: {why}"),
         }
     }
 
-    fn hopeless(self) -> Refusal {
-        Refusal {
-            hopeless: true,
+    fn config(message: impl Display) -> Error {
+        Error {
+            code: 2,
+            message: message.to_string(),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Reply {
+    status: u16,
+    message: String,
+    retry_after: Option<Duration>,
+}
+
+impl Reply {
+    fn new(status: u16, message: impl Into<String>) -> Reply {
+        Reply {
+            status,
+            message: message.into(),
+            retry_after: None,
+        }
+    }
+
+    fn retry_after(self, wait: Duration) -> Reply {
+        Reply {
+            retry_after: Some(wait),
             ..self
         }
     }
 
-    fn malformed(why: &str) -> Refusal {
-        Refusal::new(
-            400,
-            "invalid_request_error",
-            "malformed_request",
-            format!("malformed request: {why}"),
-        )
-        .hopeless()
+    fn internal() -> Reply {
+        Reply::new(500, "a fault of ai-mux; its log says more")
     }
 
-    fn no_token() -> Refusal {
-        let message = "no token: send the one that ai-mux is configured with, as \"Authorization: Bearer TOKEN\" or \"x-api-key: TOKEN\"";
-        Refusal::new(401, "authentication_error", "missing_token", message.into()).hopeless()
-    }
-
-    fn wrong_token() -> Refusal {
-        let message = "wrong token: it is none of those that ai-mux is configured with; check the client's setting";
-        Refusal::new(401, "authentication_error", "wrong_token", message.into()).hopeless()
-    }
-
-    fn origin() -> Refusal {
-        let message = "web pages are not served: configure `users` in ai-mux and send a token";
-        Refusal::new(
-            403,
-            "permission_error",
-            "origin_not_allowed",
-            message.into(),
-        )
-        .hopeless()
-    }
-
-    fn not_found() -> Refusal {
-        let message = "no such path: ai-mux serves /claude/v1/... and /chatgpt/v1/..., for the providers it is configured with";
-        Refusal::new(404, "not_found_error", "unknown_path", message.into()).hopeless()
-    }
-
-    fn head_too_slow() -> Refusal {
-        let message = format!(
-            "the request's head did not come within {}s; send it in one go",
-            HEAD_TIME.as_secs()
-        );
-        Refusal::new(408, "timeout_error", "head_too_slow", message)
-    }
-
-    fn body_too_slow() -> Refusal {
-        let message = format!(
-            "the request's body came slower than {BODY_RATE} bytes/s; check the client's connection"
-        );
-        Refusal::new(408, "timeout_error", "body_too_slow", message)
-    }
-
-    fn body_too_large() -> Refusal {
-        let message = format!(
-            "the request's body is larger than {} MiB; send less",
-            BODY_SIZE >> 20
-        );
-        Refusal::new(413, "request_too_large", "body_too_large", message).hopeless()
-    }
-
-    fn websocket() -> Refusal {
-        let message = "WebSocket is not served here; use HTTP (Codex: supports_websockets=false)";
-        Refusal::new(426, "invalid_request_error", "no_websocket", message.into()).hopeless()
-    }
-
-    fn head_too_large(what: &str, limit: usize) -> Refusal {
-        let message = format!(
-            "the request's head is too large: {what} is over {limit}; send fewer or shorter headers"
-        );
-        Refusal::new(431, "request_too_large", "head_too_large", message).hopeless()
-    }
-
-    fn internal() -> Refusal {
-        Refusal::new(
-            500,
-            "api_error",
-            "internal",
-            "a fault of ai-mux; its log says more".into(),
-        )
-    }
-
-    fn unreachable(provider: &str, e: &ureq::Error) -> Refusal {
-        let message = format!("{provider} could not be reached, or broke off: {e}; try again");
-        Refusal::new(502, "api_error", "upstream_unreachable", message)
-    }
-
-    fn busy(waited: Duration) -> Refusal {
-        let message = format!(
-            "all workers were busy for {}; try again, or raise `workers`",
-            humantime::format_duration(waited)
-        );
-        Refusal {
-            retry_after: Some(Duration::from_secs(1)),
-            ..Refusal::new(503, "overloaded_error", "busy", message)
-        }
-    }
-
-    fn no_login(why: &str) -> Refusal {
-        Refusal::new(
-            503,
-            "api_error",
-            "no_login",
-            format!("ai-mux has no login to use: {why}"),
-        )
-        .hopeless()
-    }
-
-    fn no_token_yet(why: &str, wait: Duration) -> Refusal {
-        let message = format!(
-            "the login could not be refreshed: {why}; ai-mux tries again in {}s",
-            wait.as_secs() + 1
-        );
-        let wait = Some(wait + Duration::from_secs(1));
-        Refusal {
-            retry_after: wait,
-            ..Refusal::new(503, "api_error", "refresh_failed", message)
-        }
-    }
-
-    fn too_slow(provider: &str, limit: Duration) -> Refusal {
-        let limit = humantime::format_duration(limit);
-        let message = format!(
-            "{provider} did not answer within {limit}; try again, or raise `request_timeout`"
-        );
-        Refusal::new(504, "timeout_error", "upstream_too_slow", message)
-    }
-
-    fn headers(&self) -> String {
-        let mut fields = String::new();
+    /// The error's type, in Anthropic's words, and its code.
+    fn kind(&self) -> (&'static str, &'static str) {
         match self.status {
-            401 => fields.push_str("www-authenticate: Bearer\r\n"),
-            426 => fields.push_str("upgrade: HTTP/1.1\r\n"),
+            400 => ("invalid_request_error", "malformed_request"),
+            401 => ("authentication_error", "invalid_token"),
+            403 => ("permission_error", "origin_not_allowed"),
+            404 => ("not_found_error", "unknown_path"),
+            408 => ("timeout_error", "request_too_slow"),
+            413 | 431 => ("request_too_large", "request_too_large"),
+            426 => ("invalid_request_error", "no_websocket"),
+            502 => ("api_error", "upstream_unreachable"),
+            503 => ("api_error", "unavailable"),
+            504 => ("timeout_error", "upstream_too_slow"),
+            _ => ("api_error", "internal"),
+        }
+    }
+
+    /// The whole answer: head, and the body that both vendors' SDKs show.
+    fn to_bytes(&self, head_only: bool, last: bool) -> Vec<u8> {
+        let (kind, code) = self.kind();
+        let error = serde_json::json!({ "type": kind, "message": self.message, "param": null, "code": code });
+        let error = serde_json::json!({ "type": "error", "error": error }).to_string();
+        let body = if self.status == 200 {
+            &self.message
+        } else {
+            &error
+        };
+        let status = http::StatusCode::from_u16(self.status).unwrap_or_default();
+        let mut text = format!(
+            "HTTP/1.1 {} {}\r\n",
+            self.status,
+            status.canonical_reason().unwrap_or_default()
+        );
+        let mut add = |name: &str, value: &dyn Display| {
+            let _ = write!(text, "{name}: {value}\r\n"); // writing to a String cannot fail
+        };
+        add("date", &httpdate::fmt_http_date(SystemTime::now()));
+        add("content-type", &"application/json");
+        add("content-length", &body.len());
+        match self.status {
+            401 => add("www-authenticate", &"Bearer"),
+            426 => add("upgrade", &"HTTP/1.1"),
             _ => {}
         }
         if let Some(wait) = self.retry_after {
-            fields.push_str(&format!("retry-after: {}\r\n", wait.as_secs()));
+            add("retry-after", &wait.as_secs());
         }
-        if self.hopeless {
-            fields.push_str("x-should-retry: false\r\n");
+        // Trying again cannot help; without this, SDKs do so for minutes and show nothing.
+        if matches!(self.status, 400..500 | 503) && self.status != 408 && self.retry_after.is_none()
+        {
+            add("x-should-retry", &false);
         }
-        fields
+        if last {
+            add("connection", &"close");
+        }
+        text.push_str("\r\n");
+        text.push_str(if head_only { "" } else { body });
+        text.into_bytes()
     }
+}
 
-    fn body(&self) -> Vec<u8> {
-        let error = serde_json::json!({
-            "type": "error",
-            "error": { "type": self.kind, "message": self.message, "param": null, "code": self.code },
-        });
-        error.to_string().into_bytes()
-    }
+fn malformed(why: &str) -> Reply {
+    Reply::new(400, format!("malformed request: {why}"))
+}
+
+fn head_too_large() -> Reply {
+    Reply::new(431, "the head is too large; send fewer or shorter headers")
+}
+
+fn body_too_large() -> Reply {
+    Reply::new(
+        413,
+        format!("the body is larger than {} MiB; send less", BODY_SIZE >> 20),
+    )
 }
 
 // ─── log ─────────────────────────────────────────────────────────────────────────────────────
@@ -3932,72 +3169,75 @@ struct Access {
 }
 
 impl Access {
-    fn new(peer: SocketAddr, started: Instant) -> Access {
-        let unknown = || "-".to_owned();
-        let (user, method, path) = (unknown(), unknown(), unknown());
-        let (first, request_id, ended) = (None, None, None);
+    fn new(peer: SocketAddr) -> Access {
+        let none = || "-".to_owned();
         Access {
             peer,
-            started,
-            user,
+            started: Instant::now(),
+            user: none(),
             provider: "-",
-            method,
-            path,
+            method: none(),
+            path: none(),
             status: 0,
             bytes: 0,
-            first,
-            request_id,
-            ended,
+            first: None,
+            request_id: None,
+            ended: None,
         }
     }
 
-    fn refused(&mut self, refusal: &Refusal) {
-        self.status = refusal.status;
+    fn reply(&mut self, reply: &Reply) {
+        self.status = reply.status;
         self.first = Some(self.started.elapsed());
-        self.ended = Some(refusal.message.clone());
+        self.ended = (reply.status != 200).then(|| reply.message.clone());
     }
 
     fn log(&self) {
-        let millis = |d: Duration| format!("{}ms", d.as_millis());
-        let quoted = self
-            .user
-            .contains([' ', '"', '='])
-            .then(|| format!("{:?}", self.user));
+        let Access {
+            peer,
+            user,
+            provider,
+            method,
+            status,
+            bytes,
+            ..
+        } = self;
+        let path = self.path.get(..200).unwrap_or(&self.path); // ASCII, as the gate has seen to
+        let user = if user.contains([' ', '"']) {
+            format!("{user:?}")
+        } else {
+            user.clone()
+        };
+        let first = self
+            .first
+            .map_or("-".into(), |first| format!("{}ms", first.as_millis()));
+        let total = self.started.elapsed().as_millis();
         let mut line = format!(
-            "peer={} user={} provider={} method={} path={} status={} bytes={} first={} total={}",
-            self.peer,
-            quoted.as_ref().unwrap_or(&self.user),
-            self.provider,
-            self.method,
-            self.path.get(..200).unwrap_or(&self.path), // ASCII, as the gate has seen to
-            self.status,
-            self.bytes,
-            self.first.map_or("-".into(), millis),
-            millis(self.started.elapsed()),
+            "peer={peer} user={user} provider={provider} method={method} path={path} \
+             status={status} bytes={bytes} first={first} total={total}ms"
         );
-        if let Some(id) = self.request_id.as_ref().filter(|_| self.status >= 400) {
+        if let Some(id) = self.request_id.as_ref().filter(|_| *status >= 400) {
             let plain = id
                 .to_str()
                 .ok()
-                .filter(|id| id.len() <= 128 && !id.contains([' ', '"']));
-            line.push_str(&format!(" request-id={}", plain.unwrap_or("?")));
+                .filter(|id| id.len() <= 128 && !id.contains(['"', ' ']));
+            line += &format!(" request-id={}", plain.unwrap_or("?"));
         }
         if let Some(why) = &self.ended {
-            line.push_str(&format!(" ended={why:?}"));
+            line += &format!(" ended={why:?}");
         }
         info!("{line}");
     }
 }
 
 /// Header fields for the log: the names of all, the values of those that are known to hold
-/// neither secrets nor anything personal.
+/// neither a secret nor anything personal.
 fn shown<'a>(fields: impl Iterator<Item = (&'a str, &'a str)>) -> String {
     let harmless = [
         "accept",
         "accept-encoding",
         "anthropic-beta",
         "anthropic-version",
-        "cache-control",
         "connection",
         "content-encoding",
         "content-length",
@@ -4005,52 +3245,46 @@ fn shown<'a>(fields: impl Iterator<Item = (&'a str, &'a str)>) -> String {
         "date",
         "request-id",
         "retry-after",
-        "server",
         "transfer-encoding",
         "user-agent",
         "x-request-id",
         "x-should-retry",
     ];
-    let mut text = String::new();
-    for (name, value) in fields.filter(|(name, _)| *name != EXCHANGE) {
-        let known = harmless.iter().any(|h| h.eq_ignore_ascii_case(name));
-        let known = known || name.starts_with("anthropic-ratelimit-");
-        let value = if known {
-            format!("{value:?}")
-        } else {
-            format!("({} bytes)", value.len())
-        };
-        text.push_str(&format!("{name}: {value}, "));
-    }
-    text.trim_end_matches(", ").to_owned()
+    let shown =
+        fields.map(
+            |(name, value)| match harmless.iter().any(|h| h.eq_ignore_ascii_case(name)) {
+                true => format!("{name}: {value:?}"),
+                false => format!("{name}: ({} bytes)", value.len()),
+            },
+        );
+    shown.collect::<Vec<_>>().join(", ")
 }
 
 /// simple_logger, but for two things: the time, where the journal does not write it, and a
 /// standard error that nobody reads any more, on which it panics.
-struct Log {
-    logger: simple_logger::SimpleLogger,
-    timed: bool,
-}
+struct Log(simple_logger::SimpleLogger);
 
 impl log::Log for Log {
     fn enabled(&self, metadata: &log::Metadata) -> bool {
-        self.logger.enabled(metadata)
+        self.0.enabled(metadata)
     }
 
     fn log(&self, record: &log::Record) {
-        if !self.enabled(record.metadata()) {
-            return;
+        let mut line = record.args().to_string();
+        if std::env::var_os("JOURNAL_STREAM").is_none() {
+            let now = humantime::format_rfc3339_seconds(SystemTime::now());
+            line = format!("{now} {line}");
         }
-        let _ = catch_unwind(AssertUnwindSafe(|| match self.timed {
-            true => {
-                let time = humantime::format_rfc3339_seconds(SystemTime::now());
-                let mut timed = log::Record::builder();
-                timed.metadata(record.metadata().clone());
-                self.logger
-                    .log(&timed.args(format_args!("{time} {}", record.args())).build());
-            }
-            false => self.logger.log(record),
-        }));
+        let metadata = record.metadata().clone();
+        let log = || {
+            self.0.log(
+                &log::Record::builder()
+                    .metadata(metadata)
+                    .args(format_args!("{line}"))
+                    .build(),
+            )
+        };
+        let _ = catch_unwind(AssertUnwindSafe(log));
     }
 
     fn flush(&self) {}
@@ -4059,8 +3293,8 @@ impl log::Log for Log {
 fn start_log(level: LevelFilter) {
     let mut logger = simple_logger::SimpleLogger::new().with_level(level);
     // At lower levels these print heads with tokens in them.
-    for noisy in ["ureq", "rustls", "tiny_http"] {
-        logger = logger.with_module_level(noisy, level.min(LevelFilter::Warn));
+    for crate_name in ["ureq", "rustls", "tiny_http"] {
+        logger = logger.with_module_level(crate_name, level.min(LevelFilter::Warn));
     }
     // A panic's message could hold anything; its place is enough. Not eprintln!, see above.
     std::panic::set_hook(Box::new(|panic| {
@@ -4068,14 +3302,10 @@ fn start_log(level: LevelFilter) {
             .location()
             .map(ToString::to_string)
             .unwrap_or_default();
-        if !place.contains("stdio.rs") {
-            let _ = writeln!(io::stderr(), "ERROR [ai_mux] panic at {place}");
-        }
+        let _ = writeln!(io::stderr(), "ERROR [ai_mux] panic at {place}");
     }));
     log::set_max_level(level);
-    let timed = std::env::var_os("JOURNAL_STREAM").is_none();
-    // Fails only if there is one already, as when a test runs this twice.
-    let _ = log::set_boxed_logger(Box::new(Log { logger, timed }));
+    let _ = log::set_boxed_logger(Box::new(Log(logger))); // fails only if there is one already
 }
 
 // ─── secret ──────────────────────────────────────────────────────────────────────────────────
@@ -4083,14 +3313,11 @@ fn start_log(level: LevelFilter) {
 mod secret {
     //! A token that can be read in one way only.
 
-    use std::fmt;
-    use std::sync::Arc;
-
-    #[derive(Clone, PartialEq, Eq)]
-    pub struct Secret(Arc<str>);
+    /// Never empty, and only visible ASCII, so that it fits a header.
+    #[derive(Clone, PartialEq)]
+    pub struct Secret(std::sync::Arc<str>);
 
     impl Secret {
-        /// `None` for what cannot stand in a header: nothing, or more than visible ASCII.
         pub fn new(text: &str) -> Option<Secret> {
             let fine = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
             fine.then(|| Secret(text.into()))
@@ -4101,9 +3328,13 @@ mod secret {
         }
     }
 
-    impl fmt::Debug for Secret {
-        fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-            f.write_str("Secret")
+    /// From a configuration: what was found is not shown.
+    impl<'de> serde::Deserialize<'de> for Secret {
+        fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Secret, D::Error> {
+            let value = serde_yaml::Value::deserialize(deserializer)?;
+            let wrong = "(not shown) expected a string of visible ASCII, in quotes if need be";
+            let secret = value.as_str().and_then(Secret::new);
+            secret.ok_or_else(|| serde::de::Error::custom(wrong))
         }
     }
 }
