@@ -152,8 +152,14 @@ fn run() -> Result<(), Error> {
     let path = match words[..] {
         [] => None,
         ["--config", _] => Some(Path::new(&arguments[1])),
-        ["--help"] => return Ok(print(HELP)),
-        ["--version"] => return Ok(print(concat!("ai-mux ", env!("CARGO_PKG_VERSION"), "\n"))),
+        ["--help"] => {
+            print(HELP);
+            return Ok(());
+        }
+        ["--version"] => {
+            print(concat!("ai-mux ", env!("CARGO_PKG_VERSION"), "\n"));
+            return Ok(());
+        }
         _ => {
             return Err(Error::config(
                 "expected `--config PATH` or nothing; see ai-mux --help",
@@ -368,6 +374,7 @@ impl Gate {
     }
 
     fn admit(self: &Arc<Gate>, number: u64, tcp: TcpStream, peer: SocketAddr) -> io::Result<()> {
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         tcp.set_nonblocking(false)?;
         tcp.set_nodelay(true)?;
         let socket = Arc::new(tcp);
@@ -1120,8 +1127,12 @@ impl Proxy {
             .ok_or_else(|| Reply::new(401, none))?
             .as_bytes();
         let agreed = given.all(|other| other.as_bytes() == token);
-        let same = |user: &&User| bool::from(user.token.expose().as_bytes().ct_eq(token));
-        let found = self.users.iter().filter(same).last().filter(|_| agreed);
+        let same = |user: &User| bool::from(user.token.expose().as_bytes().ct_eq(token));
+        let found = self
+            .users
+            .iter()
+            .fold(None, |found, user| same(user).then_some(user).or(found));
+        let found = found.filter(|_| agreed);
         found
             .map(|user| user.name.as_str())
             .ok_or_else(|| Reply::new(401, wrong))
@@ -1133,7 +1144,7 @@ impl Proxy {
         let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~:@".contains(&b);
         let usual = |s: &&str| !matches!(*s, "" | "." | "..") && s.bytes().all(plain);
         let segments: Vec<_> = path_of(target).split('/').skip(1).collect();
-        if segments.iter().all(|s| usual(s))
+        if segments.iter().all(usual)
             && let [name, "v1", first, ..] = segments[..]
             && !first.eq_ignore_ascii_case("oauth")
             && let Some(upstream) = self.upstreams.iter().find(|u| u.provider.name == name)
@@ -1249,7 +1260,7 @@ impl State {
     fn due(&self, margin: Duration) -> Option<Secret> {
         let token = self.token.as_ref()?;
         let rejected = self.refresh.rejected.as_ref() == Some(&token.access);
-        let wait = self.is_young() || self.is_failing() || self.refresh.unsaved.is_some();
+        let wait = self.is_young() || self.is_failing();
         if wait || token.lasts(margin) && !rejected {
             None
         } else {
@@ -1428,8 +1439,9 @@ impl Credential {
         let meta = fs::metadata(&self.path).map_err(failed)?;
         if meta.uid() != user {
             let owner = meta.uid();
+            let folder = self.path.parent().unwrap_or(&self.path).display();
             return Err(format!(
-                "{name} belongs to user {owner}, not {user}: chown {user} {name}"
+                "{name} belongs to user {owner}; make it and its folder ai-mux's: chown -R {user} {folder}"
             ));
         }
         if !meta.is_file() || meta.len() > FILE_SIZE {
@@ -1530,6 +1542,12 @@ impl Credential {
     /// Spends a refresh token, but first finds out what could keep its yield from being saved.
     fn refresh(&self, spent: &Secret) -> Result<(), (String, Option<Duration>)> {
         let name = self.provider.name;
+        if lock(&self.state).refresh.unsaved.is_some() {
+            return Err((
+                "the last one is not on disk yet".into(),
+                Some(Duration::ZERO),
+            ));
+        }
         let draft = Draft::new(&self.path).map_err(|why| {
             error!("{name}: {why}; no token was spent");
             (why, Some(Duration::ZERO))
@@ -2038,7 +2056,9 @@ impl Upstream {
                 headers.append(name, value);
             }
         }
-        headers.extend(self.headers.iter().cloned());
+        for (name, value) in &self.headers {
+            headers.insert(name, value.clone());
+        }
         if let Some(ours) = self.provider.beta {
             let values = headers.get_all("anthropic-beta").iter();
             let merged = merged_beta(values.filter_map(|v| v.to_str().ok()), ours);
@@ -2747,7 +2767,7 @@ impl TryFrom<RawUser> for User {
             }
             _ => return Err("expected one of `token` and `token_file`".into()),
         };
-        let token = token.filter(|token| token.expose().len() >= 16);
+        let token = token.filter(|t| t.expose().len() >= 16 && !t.expose().contains(' '));
         let wrong = || format!("{field}: (not shown) expected 16 or more visible ASCII characters");
         Ok(User {
             token: token.ok_or_else(wrong)?,
@@ -2773,6 +2793,11 @@ impl TlsFiles {
     }
 
     fn load(&self) -> Result<Arc<CertifiedKey>, String> {
+        for (field, path) in [("cert_path", &self.cert), ("key_path", &self.key)] {
+            if path.as_os_str().is_empty() {
+                return Err(format!("{field}: not given, expected a path"));
+            }
+        }
         let (cert, key) = (self.cert.display(), self.key.display());
         let pem = fs::read(&self.cert).map_err(|e| format!("cert_path: read {cert:?}: {e}"))?;
         let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
@@ -2804,8 +2829,9 @@ impl Config {
         if file.is_null() {
             file = serde_yaml::Mapping::new().into();
         }
-        file.as_mapping_mut()
-            .map(|fields| fields.retain(|_, value| !value.is_null()));
+        if let Some(fields) = file.as_mapping_mut() {
+            fields.retain(|_, value| !value.is_null())
+        }
         for entry in file
             .get_mut("providers")
             .and_then(|p| p.as_sequence_mut())
@@ -2817,8 +2843,9 @@ impl Config {
                 *entry = serde_yaml::Mapping::from_iter(fields).into();
             }
         }
-        let config: Config =
-            serde_path_to_error::deserialize(file).map_err(|e| wrong(&told(&e)))?;
+        let config = serde_path_to_error::deserialize(file);
+        let mut config: Config = config.map_err(|e| wrong(&told(&e)))?;
+        config.tls = config.tls.filter(|tls| tls.enabled);
         config.check().map_err(|e| wrong(&e))?;
         Ok(config)
     }
@@ -2858,9 +2885,8 @@ impl Config {
         if self.state_dir.as_os_str().is_empty() {
             return Err("state_dir: no HOME for its default, expected a path".into());
         }
-        self.tls.as_ref().map_or(Ok(()), |tls| {
-            tls.load().map(drop).map_err(|e| format!("tls.{e}"))
-        })
+        let tls = self.tls.as_ref().map(TlsFiles::load).transpose();
+        tls.map(drop).map_err(|e| format!("tls.{e}"))
     }
 
     /// Those configured, or, where none is, those that have a credential file.
@@ -2933,7 +2959,13 @@ fn parsed<'de, D: Deserializer<'de>, T>(
     parse: impl Fn(&str) -> Option<T>,
 ) -> Result<T, D::Error> {
     let text = String::deserialize(deserializer)?;
-    parse(&text).ok_or_else(|| de::Error::custom(format!("found {text:?}, expected {right}")))
+    // A URL with a user in it has a password in it.
+    let found = if text.contains('@') {
+        "(not shown)"
+    } else {
+        &text
+    };
+    parse(&text).ok_or_else(|| de::Error::custom(format!("found {found:?}, expected {right}")))
 }
 
 fn listen_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
@@ -3313,13 +3345,14 @@ fn start_log(level: LevelFilter) {
 mod secret {
     //! A token that can be read in one way only.
 
-    /// Never empty, and only visible ASCII, so that it fits a header.
+    /// Never empty, and ASCII without controls, so that it fits a header.
     #[derive(Clone, PartialEq)]
     pub struct Secret(std::sync::Arc<str>);
 
     impl Secret {
         pub fn new(text: &str) -> Option<Secret> {
-            let fine = !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
+            let plain = text.bytes().all(|b| matches!(b, b' '..=b'~'));
+            let fine = !text.is_empty() && text.trim() == text && plain;
             fine.then(|| Secret(text.into()))
         }
 
