@@ -1,0 +1,241 @@
+//! A credential file that another hand changes is noticed at the next request, and never overwritten.
+
+mod common;
+use common::*;
+use std::fs;
+use std::os::unix::fs::{chown, symlink};
+use std::path::PathBuf;
+
+fn file(mux: &Mux) -> PathBuf {
+    login::path(&mux.state(), "claude")
+}
+
+/// The access token that the next request is sent with.
+fn used(up: &Upstream, mux: &Mux) -> String {
+    assert_eq!(mux.message().status, 200);
+    up.requests().pop().expect("a request").bearer().to_owned()
+}
+
+fn assert_down(mux: &Mux, case: &str) -> String {
+    let answer = mux.message();
+    assert_eq!(answer.status, 503, "{case}");
+    let message = answer.error();
+    assert!(message.contains("claude"), "{case}: {message}");
+    assert_eq!(
+        mux.ask("POST", RESPONSES, &[], b"{}").status,
+        200,
+        "{case}: the other serves"
+    );
+    message
+}
+
+#[test]
+fn replaced_whole_or_rewritten_in_place() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    for _ in 0..20 {
+        let (moved, rewritten) = (up.login("claude", 3600), up.login("claude", 3600));
+        login::save(&mux.state(), "claude", &moved.claude());
+        assert_eq!(used(&up, &mux), moved.access);
+        // The same inode and the same size, within the same tick of a coarse clock.
+        let text = rewritten.claude().to_string();
+        assert_eq!(text.len(), moved.claude().to_string().len());
+        fs::write(file(&mux), text).expect("rewrite a file");
+        assert_eq!(used(&up, &mux), rewritten.access);
+    }
+    assert_eq!(up.refreshes().len(), 0);
+}
+
+#[test]
+fn a_form_may_change_too() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    for _ in 0..2 {
+        for form in [Login::flat, Login::codex] {
+            let login = up.login("chatgpt", 3600);
+            login::save(&mux.state(), "chatgpt", &form(&login));
+            assert_eq!(mux.ask("POST", RESPONSES, &[], b"{}").status, 200);
+            let request = up.requests().pop().expect("a request");
+            assert_eq!(request.bearer(), login.access);
+            assert_eq!(
+                request.head.get("chatgpt-account-id"),
+                Some(login.account.as_str())
+            );
+        }
+    }
+}
+
+#[test]
+fn half_written_the_old_token_serves_until_the_file_is_whole() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let old = used(&up, &mux);
+    let new = up.login("claude", 3600);
+    let text = new.claude().to_string();
+    for half in [
+        "",
+        "{",
+        &text[..text.len() / 2],
+        &text[..text.len() - 1],
+        "\0\0\0\0",
+    ] {
+        fs::write(file(&mux), half).expect("write half a file");
+        assert_eq!(used(&up, &mux), old, "{half:?}");
+    }
+    fs::write(file(&mux), text).expect("write a file");
+    assert_eq!(used(&up, &mux), new.access);
+}
+
+#[test]
+fn missing_at_start_it_is_picked_up_when_it_appears() {
+    let up = Upstream::plain();
+    let (claude, chatgpt) = (up.login("claude", 3600), up.login("chatgpt", 3600));
+    let mux = Setup::bare(&up).save("chatgpt", &chatgpt.flat()).start();
+    assert_down(&mux, "missing");
+    login::save(&mux.state(), "claude", &claude.claude());
+    assert_eq!(used(&up, &mux), claude.access);
+}
+
+#[test]
+fn malformed_at_start_it_is_picked_up_when_it_is_mended() {
+    let up = Upstream::plain();
+    for broken in [
+        "",
+        "not json",
+        "{\"claudeAiOauth\":",
+        "[]",
+        "{\"claudeAiOauth\":{\"accessToken\":5}}",
+    ] {
+        let setup = Setup::new(&up);
+        fs::write(login::path(&setup.state(), "claude"), broken).expect("write a file");
+        let mux = setup.start();
+        assert_down(&mux, broken);
+        let mended = up.login("claude", 3600);
+        login::save(&mux.state(), "claude", &mended.claude());
+        assert_eq!(used(&up, &mux), mended.access, "{broken}");
+    }
+}
+
+#[test]
+fn a_log_out_is_obeyed_and_never_undone() {
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).set("refresh_check_interval", "1s").start();
+    assert_eq!(mux.message().status, 200);
+    fs::remove_file(file(&mux)).expect("remove a file");
+    assert_down(&mux, "gone");
+    for empty in [
+        json!({}),
+        json!({"claudeAiOauth": null}),
+        json!({"mcpOAuth": {}}),
+    ] {
+        login::save(&mux.state(), "claude", &empty);
+        assert_down(&mux, &empty.to_string());
+        assert_eq!(login::read(&mux.state(), "claude"), empty);
+    }
+    fs::remove_file(file(&mux)).expect("remove a file");
+    assert_down(&mux, "gone again");
+    assert!(!file(&mux).exists());
+    let back = up.login("claude", 3600);
+    login::save(&mux.state(), "claude", &back.claude());
+    assert_eq!(used(&up, &mux), back.access);
+
+    for empty in [
+        json!({"OPENAI_API_KEY": "x", "tokens": null}),
+        json!({"OPENAI_API_KEY": null}),
+    ] {
+        login::save(&mux.state(), "chatgpt", &empty);
+        assert_eq!(
+            mux.ask("POST", RESPONSES, &[], b"{}").status,
+            503,
+            "{empty}"
+        );
+    }
+}
+
+#[test]
+fn without_a_refresh_token_it_serves_until_it_expires() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let without = |login: &Login| {
+        let mut file = login.claude();
+        file["claudeAiOauth"]
+            .as_object_mut()
+            .expect("an object")
+            .remove("refreshToken");
+        file
+    };
+    let good = up.login("claude", 3600);
+    login::save(&mux.state(), "claude", &without(&good));
+    assert_eq!(used(&up, &mux), good.access);
+    login::save(&mux.state(), "claude", &without(&up.login("claude", -10)));
+    assert_down(&mux, "expired");
+    assert_eq!(up.refreshes().len(), 0);
+}
+
+/// The owner forces a refresh, or keeps one away.
+#[test]
+fn an_expiry_edited_by_hand_counts() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let mut login = up.login("claude", 3600);
+    login::save(&mux.state(), "claude", &login.claude());
+    assert_eq!(used(&up, &mux), login.access);
+    login.expires = now() - 10;
+    login::save(&mux.state(), "claude", &login.claude());
+    assert_ne!(used(&up, &mux), login.access);
+    assert_eq!(up.refreshes().len(), 1);
+}
+
+/// While the vendor takes its time, another tool logs in anew: what it wrote stays.
+#[test]
+fn a_file_that_changes_during_a_refresh_wins() {
+    let up = Upstream::plain();
+    let setup = Setup::new(&up);
+    let (state, winner) = (setup.state(), up.login("claude", 3600));
+    let theirs = winner.claude();
+    let text = theirs.to_string();
+    up.on_refresh(move |_, _| {
+        login::save(&state, "claude", &theirs);
+        Ok(false)
+    });
+    let mux = setup
+        .save("claude", &up.login("claude", -10).claude())
+        .start();
+    assert_eq!(used(&up, &mux), winner.access);
+    assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+    assert_eq!(login::read(&mux.state(), "claude").to_string(), text);
+}
+
+#[test]
+fn a_log_out_during_a_refresh_wins() {
+    let up = Upstream::plain();
+    let setup = Setup::new(&up);
+    let path = login::path(&setup.state(), "claude");
+    up.on_refresh(move |_, _| fs::remove_file(&path).map(|()| false));
+    let mux = setup
+        .save("claude", &up.login("claude", -10).claude())
+        .start();
+    up.wait(1, Request::is_refresh);
+    assert_down(&mux, "logged out");
+    assert!(!file(&mux).exists());
+    assert_eq!(up.refreshes().len(), 1);
+}
+
+#[test]
+fn a_file_of_another_user_is_refused_with_the_remedy() {
+    let up = Upstream::plain();
+    let setup = Setup::new(&up);
+    let path = login::path(&setup.state(), "claude");
+    if chown(&path, Some(setup::NOBODY), None).is_err() {
+        // Without the right to give a file away: one of root's, which is read no further than its owner.
+        fs::remove_file(&path).expect("remove a file");
+        symlink("/etc/passwd", &path).expect("link a file");
+    }
+    let mux = setup.start();
+    let message = assert_down(&mux, "another user's");
+    assert!(message.contains("chown"), "{message}");
+    let own = up.login("claude", 3600);
+    fs::remove_file(file(&mux)).expect("remove a file");
+    login::save(&mux.state(), "claude", &own.claude());
+    assert_eq!(used(&up, &mux), own.access);
+}

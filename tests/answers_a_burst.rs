@@ -1,0 +1,117 @@
+//! Many clients at the same instant are all answered, and a pool that is full says so.
+
+mod common;
+use common::*;
+use std::sync::{Arc, Barrier};
+use std::thread;
+
+#[test]
+fn sixty_four_clients_connect_in_the_same_instant_and_keep_their_connections() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let start = Arc::new(Barrier::new(64));
+    let addr = mux.addr;
+    let threads: Vec<_> = (0..64)
+        .map(|_| {
+            let start = start.clone();
+            thread::spawn(move || {
+                start.wait();
+                let mut client = Client::new(addr);
+                // Nobody leaves before everybody was answered: 64 connections are open throughout.
+                for _ in 0..3 {
+                    let answer = client.request("POST", MESSAGES, &[BEARER], b"{}").answer();
+                    assert_eq!(answer.text(), "fine");
+                    start.wait();
+                }
+            })
+        })
+        .collect();
+    for thread in threads {
+        thread.join().expect("a client that was answered");
+    }
+    assert_eq!(up.requests().len(), 3 * 64);
+    assert_eq!(mux.message().status, 200);
+}
+
+/// Connections are no workers: more of them than workers may be open and idle.
+#[test]
+fn open_connections_hold_no_worker() {
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).set("workers", 2).start();
+    let mut clients: Vec<_> = (0..100).map(|_| mux.client()).collect();
+    for _ in 0..2 {
+        for client in &mut clients {
+            assert_eq!(
+                client
+                    .request("POST", MESSAGES, &[BEARER], b"{}")
+                    .answer()
+                    .text(),
+                "fine"
+            );
+        }
+    }
+}
+
+#[test]
+fn exactly_as_many_as_workers_are_served_at_once() {
+    let go = Steps::default();
+    let held = go.clone();
+    let up = Upstream::start(move |_, conn| {
+        conn.stream(&[])?;
+        conn.chunk("one")?;
+        held.wait(1);
+        conn.finish()
+    });
+    let mux = Setup::new(&up)
+        .set("workers", 3)
+        .set("request_timeout", "1s")
+        .start();
+    let mut busy: Vec<_> = (0..3).map(|_| mux.client()).collect();
+    for client in &mut busy {
+        client.request("POST", MESSAGES, &[BEARER], b"{}").head();
+        assert_eq!(client.text(), "one");
+    }
+    let full = mux.message();
+    assert_eq!(full.status, 503);
+    assert!(
+        full.header("retry-after")
+            .is_some_and(|s| s.parse::<u64>().is_ok_and(|s| s > 0))
+    );
+    assert_eq!(full.header("x-should-retry"), None);
+    full.error();
+    assert_eq!(up.requests().len(), 3);
+    go.advance();
+    for client in &mut busy {
+        assert_eq!(client.piece().expect("a proper end"), None);
+    }
+    assert_eq!(mux.message().status, 200);
+}
+
+#[test]
+fn a_request_waits_for_a_worker() {
+    let go = Steps::default();
+    let held = go.clone();
+    let up = Upstream::start(move |req, conn| {
+        if req.head.get("x-first").is_some() {
+            held.wait(1);
+        }
+        conn.respond(200, &[], b"fine")
+    });
+    let mux = Setup::new(&up).set("workers", 1).start();
+    let mut first = mux.client();
+    first.request("POST", MESSAGES, &[BEARER, ("x-first", "1")], b"{}");
+    up.wait(1, |_| true);
+    let mut second = mux.client();
+    second.request("POST", MESSAGES, &[BEARER], b"{}");
+    assert_eq!(
+        mux.client()
+            .request("GET", "/healthz", &[], b"")
+            .answer()
+            .status,
+        200
+    );
+    assert_eq!(up.requests().len(), 1, "the second one waits");
+    go.advance();
+    assert_eq!(first.answer().text(), "fine");
+    assert_eq!(second.answer().text(), "fine");
+}

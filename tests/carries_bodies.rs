@@ -1,0 +1,317 @@
+//! Bodies arrive as they were sent, in both directions, however they are framed, up to the limit.
+
+mod common;
+use common::*;
+
+const MIB: usize = 1 << 20;
+
+/// Bytes that differ by their place, so that nothing can be lost, doubled or moved unseen.
+fn pattern(size: usize) -> Vec<u8> {
+    (0..size)
+        .map(|i| (i ^ (i >> 8) ^ (i >> 16)) as u8)
+        .collect()
+}
+
+fn sizes() -> [usize; 10] {
+    [
+        0,
+        1,
+        100,
+        8191,
+        65_536,
+        200_000,
+        MIB - 1,
+        MIB,
+        MIB + 1,
+        3 * MIB,
+    ]
+}
+
+#[test]
+fn up_with_a_length() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let mut client = mux.client();
+    for size in sizes() {
+        let answer = client
+            .request("POST", MESSAGES, &[BEARER], &pattern(size))
+            .answer();
+        assert_eq!(answer.text(), "fine", "{size}");
+        let request = up.requests().pop().expect("a request");
+        assert!(request.whole && request.body == pattern(size), "{size}");
+        assert_eq!(
+            request.head.get("content-length"),
+            Some(size.to_string().as_str())
+        );
+    }
+}
+
+#[test]
+fn up_in_chunks() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let mut client = mux.client();
+    for (size, piece) in sizes()
+        .into_iter()
+        .flat_map(|size| [(size, 1000), (size, 70_000)])
+    {
+        client.start(
+            "POST",
+            MESSAGES,
+            &[BEARER, ("transfer-encoding", "chunked")],
+        );
+        let body = pattern(size);
+        body.chunks(piece).for_each(|piece| {
+            client.chunk(piece);
+        });
+        assert_eq!(client.finish().answer().text(), "fine", "{size}");
+        let request = up.requests().pop().expect("a request");
+        assert!(
+            request.whole && request.body == body,
+            "{size} in chunks of {piece}"
+        );
+    }
+}
+
+#[test]
+fn chunk_extensions_and_trailers_are_no_part_of_a_body() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let mut client = mux.client();
+    client.start(
+        "POST",
+        MESSAGES,
+        &[BEARER, ("transfer-encoding", "chunked")],
+    );
+    client.send("3;a=b\r\nabc\r\n02\r\nde\r\n0;x\r\nx-sum: 1\r\n\r\n");
+    assert_eq!(client.answer().status, 200);
+    let request = up.requests().pop().expect("a request");
+    assert_eq!(
+        (request.body.as_slice(), request.head.get("x-sum")),
+        (&b"abcde"[..], None)
+    );
+    assert_eq!(
+        client
+            .request("POST", MESSAGES, &[BEARER], b"{}")
+            .answer()
+            .status,
+        200
+    );
+}
+
+/// More than what is held for a replay goes on while the client still sends.
+#[test]
+fn a_large_body_streams_up_and_is_not_kept() {
+    let arrived = Steps::default();
+    let told = arrived.clone();
+    let up = Upstream::at_head(move |req, conn| {
+        let mut framing = req.head.framing(http::Framing::Done);
+        let mut size = 0;
+        while let Some(piece) = conn.wire.piece(&mut framing)? {
+            let before = size / (4 * MIB);
+            size += piece.len();
+            (before..size / (4 * MIB)).for_each(|_| told.advance());
+        }
+        conn.respond(200, &[], size.to_string().as_bytes())
+    });
+    let mux = Mux::start(&up);
+    let piece = pattern(5 * MIB);
+    let mut client = mux.client();
+    let size = (60 * MIB).to_string();
+    for (seen, framing) in [
+        (0, ("content-length", size.as_str())),
+        (15, ("transfer-encoding", "chunked")),
+    ] {
+        client.start("POST", MESSAGES, &[BEARER, framing]);
+        for n in 1..=12 {
+            match framing.1 {
+                "chunked" => client.chunk(&piece),
+                _ => client.send(&piece),
+            };
+            arrived.wait(seen + n);
+        }
+        if framing.1 == "chunked" {
+            client.finish();
+        }
+        assert_eq!(client.answer().text(), size);
+    }
+    let peak = peak_memory(&mux);
+    assert!(
+        peak < 40 * MIB,
+        "{} MiB to carry two bodies of 60 MiB",
+        peak / MIB
+    );
+}
+
+/// The most memory that the process ever had resident, in bytes.
+fn peak_memory(mux: &Mux) -> usize {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", mux.pid())).expect("a status");
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmHWM"))
+        .expect("a peak");
+    let number = line.split_whitespace().nth(1).expect("a number");
+    number.parse::<usize>().expect("a number") * 1024
+}
+
+#[test]
+fn sixty_four_mebibytes_are_taken_and_one_byte_more_is_not() {
+    let up = Upstream::at_head(|req, conn| {
+        let size = conn.wire.body(req.head.framing(http::Framing::Done))?.len();
+        conn.respond(200, &[], size.to_string().as_bytes())
+    });
+    let mux = Mux::start(&up);
+    let limit = pattern(64 * MIB);
+    let answer = mux.ask("POST", MESSAGES, &[], &limit);
+    assert_eq!(answer.text(), limit.len().to_string());
+    assert_eq!(up.requests().len(), 1);
+
+    let over = (limit.len() + 1).to_string();
+    let mut client = mux.client();
+    let headers = [
+        BEARER,
+        ("content-length", &over),
+        ("expect", "100-continue"),
+    ];
+    let answer = client.start("POST", MESSAGES, &headers).answer();
+    assert_eq!(answer.status, 413, "before any of the body");
+    assert_eq!(answer.header("x-should-retry"), Some("false"));
+    answer.error();
+    assert!(client.closed());
+    assert_eq!(up.requests().len(), 1);
+}
+
+/// The upstream must not take what it got so far for a whole body.
+#[test]
+fn a_chunked_body_that_grows_over_the_limit_drops_the_upstream() {
+    let broke = Steps::default();
+    let told = broke.clone();
+    let up = Upstream::at_head(move |req, conn| {
+        let body = conn.wire.body(req.head.framing(http::Framing::Done));
+        if body.is_err() {
+            told.advance();
+        }
+        conn.respond(200, &[], b"whole")
+    });
+    let mux = Mux::start(&up);
+    let mut client = mux.client();
+    client.start(
+        "POST",
+        MESSAGES,
+        &[BEARER, ("transfer-encoding", "chunked")],
+    );
+    let piece = pattern(MIB);
+    (0..64).for_each(|_| {
+        client.chunk(&piece);
+    });
+    let answer = client.chunk(b"x").answer();
+    assert_eq!(answer.status, 413);
+    answer.error();
+    broke.wait(1);
+}
+
+#[test]
+fn a_client_that_expects_100_gets_it_before_its_body() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let mut client = mux.client();
+    for framing in [("content-length", "5"), ("transfer-encoding", "chunked")] {
+        client.start(
+            "POST",
+            MESSAGES,
+            &[BEARER, framing, ("expect", "100-Continue")],
+        );
+        assert_eq!(client.head().word(1), "100", "{framing:?}");
+        match framing.0 {
+            "content-length" => client.send(b"abcde"),
+            _ => client.chunk(b"abcde").finish(),
+        };
+        assert_eq!(client.answer().status, 200);
+        let request = up.requests().pop().expect("a request");
+        assert_eq!(
+            (request.body.as_slice(), request.head.get("expect")),
+            (&b"abcde"[..], None)
+        );
+    }
+}
+
+#[test]
+fn pipelined_requests_are_answered_in_order() {
+    let up = Upstream::start(|req, conn| conn.respond(200, &[], &req.body));
+    let mux = Mux::start(&up);
+    let mut client = mux.client();
+    let one = |body: &str| {
+        let size = body.len();
+        format!(
+            "POST {MESSAGES} HTTP/1.1\r\nhost: x\r\nx-api-key: {TOKEN}\r\ncontent-length: {size}\r\n\r\n{body}"
+        )
+    };
+    client.send(one("first") + &one("second") + &one(""));
+    assert_eq!(client.answer().text(), "first");
+    assert_eq!(client.answer().text(), "second");
+    assert_eq!(client.answer().text(), "");
+    assert_eq!(
+        client
+            .request("POST", MESSAGES, &[BEARER], b"third")
+            .answer()
+            .text(),
+        "third"
+    );
+}
+
+#[test]
+fn an_http_1_0_client_is_answered_and_let_go() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let mut client = mux.client();
+    client.send(format!(
+        "POST {MESSAGES} HTTP/1.0\r\nx-api-key: {TOKEN}\r\ncontent-length: 2\r\n\r\n{{}}"
+    ));
+    let answer = client.answer();
+    assert_eq!((answer.status, answer.text()), (200, "fine"));
+    assert!(client.closed());
+}
+
+#[test]
+fn down_however_it_is_framed() {
+    let up = Upstream::start(|req, conn| {
+        let size = req
+            .head
+            .get("x-size")
+            .and_then(|n| n.parse().ok())
+            .unwrap_or(0);
+        let body = pattern(size);
+        match req.head.get("x-framing") {
+            Some("sized") => conn.respond(200, &[("content-encoding", "gzip")], &body),
+            Some("chunked") => {
+                conn.stream(&[("content-encoding", "zstd")])?;
+                body.chunks(50_000)
+                    .try_for_each(|piece| conn.chunk(piece))?;
+                conn.finish()
+            }
+            _ => {
+                conn.head(200, &[("connection", "close")])?;
+                conn.wire.send(&body)?;
+                conn.cut()
+            }
+        }
+    });
+    let mux = Mux::start(&up);
+    let mut client = mux.client();
+    let mut asked = 0;
+    for framing in ["sized", "chunked", "until close"] {
+        for size in sizes() {
+            let text = size.to_string();
+            let headers = [BEARER, ("x-framing", framing), ("x-size", &text)];
+            let answer = client.request("GET", MESSAGES, &headers, b"").answer();
+            assert!(answer.body == pattern(size), "{size}, {framing}");
+            if framing == "sized" {
+                assert_eq!(answer.header("content-length"), Some(text.as_str()));
+            }
+            asked += 1;
+            mux.wait_log_times("status=200", asked);
+            let line = mux.log_lines("status=200").pop().expect("a line");
+            assert!(line.contains(&format!(" bytes={size} ")), "{line}");
+        }
+    }
+}

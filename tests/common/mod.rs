@@ -1,0 +1,81 @@
+//! What every test shares: the real binary started in a folder of its own, with a configuration, logins
+//! and a log, in front of a scripted upstream. Each run ends by asserting that its log holds no secret.
+#![allow(dead_code, unused_imports)] // No test uses all of it.
+
+pub mod client;
+pub mod http;
+pub mod login;
+pub mod mux;
+pub mod setup;
+pub mod tls;
+pub mod upstream;
+pub mod vendor;
+
+pub use client::{Answer, Client};
+pub use http::{Head, PATIENCE, Wire};
+pub use login::{Login, noise, now};
+pub use mux::Mux;
+pub use rustix::process::Signal;
+pub use serde_json::{Value, json};
+pub use setup::Setup;
+pub use tls::Authority;
+pub use upstream::{Conn, Request, Steps, Upstream};
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{env, fs, thread};
+
+/// The token of the user `alice`, who is configured unless a test says otherwise.
+pub const TOKEN: &str = "wK3vQ9xZ2mB7nR5tY8pL";
+pub const BEARER: (&str, &str) = ("authorization", "Bearer wK3vQ9xZ2mB7nR5tY8pL");
+pub const MESSAGES: &str = "/claude/v1/messages";
+pub const RESPONSES: &str = "/chatgpt/v1/responses";
+
+/// The binary under test: what `AI_MUX` names, or the one that cargo built with these tests, or the one beside the
+/// folder of the running example.
+pub fn binary() -> PathBuf {
+    let built = option_env!("CARGO_BIN_EXE_ai-mux").map(PathBuf::from);
+    let named = env::var_os("AI_MUX").map(PathBuf::from).or(built);
+    named.unwrap_or_else(|| {
+        let me = env::current_exe().expect("the path of this program");
+        me.parent()
+            .and_then(Path::parent)
+            .expect("a target folder")
+            .join("ai-mux")
+    })
+}
+
+/// Locks, whatever happened to another holder: a failing test has reported that already.
+pub fn lock<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
+    what.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs every case on a thread of its own: for those that spend their time waiting.
+pub fn at_once<T: Send>(cases: impl IntoIterator<Item = T>, run: impl Fn(T) + Sync) {
+    let run = &run;
+    thread::scope(|scope| {
+        for case in cases {
+            scope.spawn(move || run(case));
+        }
+    });
+}
+
+/// A folder that goes away with its owner.
+pub struct Folder(pub PathBuf);
+
+impl Folder {
+    pub fn new() -> Folder {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = env::temp_dir().join(format!("ai-mux-test-{}-{number}", std::process::id()));
+        fs::create_dir_all(&path).expect("make a folder");
+        Folder(path)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}

@@ -1,0 +1,176 @@
+//! Everything about a run before it starts.
+
+use super::mux::Mux;
+use super::upstream::{Shared, Upstream};
+use super::{Authority, Folder, PATIENCE, TOKEN, Value, binary, json, login};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::{MetadataExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use std::{fs, io, thread};
+
+pub struct Setup {
+    pub folder: Folder,
+    pub config: Value,
+    pub upstream: Arc<Shared>,
+    envs: Vec<(String, String)>,
+    unprivileged: bool,
+}
+
+impl Setup {
+    /// One user, and both providers on `upstream`, without a login.
+    pub fn bare(upstream: &Upstream) -> Setup {
+        let folder = Folder::new();
+        let state = folder.0.join("state");
+        fs::create_dir(&state).expect("make the state folder");
+        upstream.secret(TOKEN);
+        let config = json!({
+            "listen": "127.0.0.1:0",
+            "state_dir": state,
+            "providers": [upstream.provider("claude"), upstream.provider("chatgpt")],
+            "users": [{"name": "alice", "token": TOKEN}],
+        });
+        Setup {
+            folder,
+            config,
+            upstream: upstream.shared.clone(),
+            envs: Vec::new(),
+            unprivileged: false,
+        }
+    }
+
+    /// The same with a good login of each provider.
+    pub fn new(upstream: &Upstream) -> Setup {
+        let mut setup = Setup::bare(upstream);
+        for provider in ["claude", "chatgpt"] {
+            let login = upstream.login(provider, 3600);
+            setup = setup.save(provider, &login.file(provider));
+        }
+        setup
+    }
+
+    pub fn state(&self) -> PathBuf {
+        self.folder.0.join("state")
+    }
+
+    /// Sets one field of the configuration; null takes it out.
+    pub fn set(mut self, field: &str, value: impl Into<Value>) -> Setup {
+        let fields = self.config.as_object_mut().expect("an object");
+        match value.into() {
+            Value::Null => fields.remove(field),
+            value => fields.insert(field.to_owned(), value),
+        };
+        self
+    }
+
+    /// Sets one key of a provider, 0 for Claude and 1 for ChatGPT.
+    pub fn provider(mut self, number: usize, key: &str, value: impl Into<Value>) -> Setup {
+        self.config["providers"][number][key] = value.into();
+        self
+    }
+
+    /// Writes a login before the start.
+    pub fn save(self, provider: &str, file: &Value) -> Setup {
+        login::save(&self.state(), provider, file);
+        self
+    }
+
+    pub fn env(mut self, name: &str, value: impl AsRef<str>) -> Setup {
+        self.envs.push((name.to_owned(), value.as_ref().to_owned()));
+        self
+    }
+
+    /// Puts a file into the folder of this run and returns its path.
+    pub fn write(&self, name: &str, content: impl AsRef<[u8]>) -> String {
+        let path = self.folder.0.join(name);
+        fs::write(&path, content).expect("write a file");
+        path.to_str().expect("a path of text").to_owned()
+    }
+
+    /// Listens with the certificate of `authority`.
+    pub fn tls(self, authority: &Authority) -> Setup {
+        let cert = self.write("cert.pem", &authority.cert_pem);
+        let key = self.write("key.pem", &authority.key_pem);
+        self.set(
+            "tls",
+            json!({"enabled": true, "cert_path": cert, "key_path": key}),
+        )
+    }
+
+    /// Runs as a user whom the permissions of files hold, even when the tests run as root.
+    pub fn unprivileged(mut self) -> Setup {
+        self.unprivileged = true;
+        self
+    }
+
+    fn command(&self) -> Command {
+        let root = fs::metadata(&self.folder.0).expect("a folder").uid() == 0;
+        let mut command = if self.unprivileged && root {
+            // A copy: the folder that cargo builds in may be closed to this user.
+            let copy = self.folder.0.join("ai-mux");
+            fs::copy(binary(), &copy).expect("copy the binary");
+            hand_over(&self.folder.0).expect("hand the folder over");
+            let mut command = Command::new(copy);
+            command.uid(NOBODY).gid(NOBODY);
+            command
+        } else {
+            Command::new(binary())
+        };
+        command.env_clear().env("HOME", &self.folder.0);
+        command.envs(self.envs.iter().cloned());
+        command
+    }
+
+    fn spawn(self) -> Mux {
+        let text = serde_yaml::to_string(&self.config).expect("YAML");
+        let path = self.write("config.yaml", &text);
+        let mut command = self.command();
+        Mux::spawn(command.arg("--config").arg(path), text, self)
+    }
+
+    /// Starts it and waits until it listens.
+    pub fn start(self) -> Mux {
+        let mut mux = self.spawn();
+        mux.wait_log("listening on ");
+        mux.addr = mux.addrs()[0];
+        mux
+    }
+
+    /// Starts it when its log may be too quiet to say where it listens.
+    pub fn start_unheard(self) -> Mux {
+        let free = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr());
+        let addr = free.expect("a free port");
+        let mut mux = self.set("listen", addr.to_string()).spawn();
+        mux.addr = addr;
+        let deadline = Instant::now() + PATIENCE;
+        while TcpStream::connect(addr).is_err() {
+            assert!(Instant::now() < deadline, "it does not listen");
+            thread::sleep(Duration::from_millis(5));
+        }
+        mux
+    }
+
+    /// Starts it when it must refuse to: its exit code and what it said.
+    pub fn refused(self) -> (i32, String) {
+        let mut mux = self.spawn();
+        (mux.wait_exit(), mux.whole_log())
+    }
+}
+
+pub const NOBODY: u32 = 65534;
+
+/// Gives a folder and everything in it to an unprivileged user.
+fn hand_over(path: &Path) -> io::Result<()> {
+    chown(path, Some(NOBODY), Some(NOBODY))?;
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        match entry.file_type()?.is_dir() {
+            true => hand_over(&entry.path())?,
+            false => chown(entry.path(), Some(NOBODY), Some(NOBODY))?,
+        }
+    }
+    Ok(())
+}

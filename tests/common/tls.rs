@@ -1,0 +1,68 @@
+//! A certificate made for one test, the side that shows it and the side that trusts it.
+
+use super::http::Wire;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, StreamOwned};
+use rustls::{ServerConnection, SupportedProtocolVersion};
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+
+#[derive(Clone)]
+pub struct Authority {
+    pub cert_pem: String,
+    pub key_pem: String,
+    cert: CertificateDer<'static>,
+    pub key: Vec<u8>,
+}
+
+impl Authority {
+    /// A new self-signed certificate for localhost, and the key to it.
+    pub fn new() -> Authority {
+        Authority::with(rcgen::KeyPair::generate().expect("a key pair"))
+    }
+
+    pub fn with(key: rcgen::KeyPair) -> Authority {
+        let names = ["localhost", "127.0.0.1", "upstream.test", "192.0.2.1"].map(str::to_owned);
+        let params = rcgen::CertificateParams::new(names).expect("parameters");
+        let cert = params.self_signed(&key).expect("a certificate");
+        Authority {
+            cert_pem: cert.pem(),
+            key_pem: key.serialize_pem(),
+            cert: cert.der().clone(),
+            key: key.serialize_der(),
+        }
+    }
+
+    pub fn connect(
+        &self,
+        addr: SocketAddr,
+        versions: &[&'static SupportedProtocolVersion],
+    ) -> io::Result<Wire> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.cert.clone()).expect("a root");
+        let config = ClientConfig::builder_with_protocol_versions(versions)
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = ServerName::try_from("localhost").expect("a name");
+        let mut tls = ClientConnection::new(Arc::new(config), name).expect("a client");
+        let mut socket = TcpStream::connect_timeout(&addr, super::http::PATIENCE)?;
+        socket.set_read_timeout(Some(super::http::PATIENCE))?;
+        while tls.is_handshaking() {
+            tls.complete_io(&mut socket)?;
+        }
+        let raw = socket.try_clone()?;
+        Ok(Wire::new(Box::new(StreamOwned::new(tls, socket)), raw))
+    }
+
+    pub fn accept(&self, socket: TcpStream) -> io::Result<Wire> {
+        let key = PrivateKeyDer::try_from(self.key.clone()).expect("a key");
+        let config = ServerConfig::builder()
+            .with_no_client_auth()
+            .with_single_cert(vec![self.cert.clone()], key)
+            .expect("a pair");
+        let tls = ServerConnection::new(Arc::new(config)).expect("a server");
+        let raw = socket.try_clone()?;
+        Ok(Wire::new(Box::new(StreamOwned::new(tls, socket)), raw))
+    }
+}

@@ -1,0 +1,301 @@
+//! The log says what happened, a line for each request and refresh, and at no level a secret. That it holds none is
+//! asserted at the end of every run; here are the runs that tempt it most.
+
+mod common;
+use common::*;
+
+const COOKIE: &str = "nB7vLq2XsT9z";
+const HEADER: &str = "Hy4RkW8mCe6d";
+const BODY: &str = "Gf3PxJ5uZa1o";
+
+fn tempted(up: &Upstream, level: &str) -> Setup {
+    for secret in [
+        COOKIE,
+        HEADER,
+        BODY,
+        "Wrong5Token7Here9Now",
+        "Query8Secret2Value",
+    ] {
+        up.secret(secret);
+    }
+    Setup::new(up)
+        .set("log_level", level)
+        .provider(0, "headers", json!({"x-team": HEADER}))
+        .provider(1, "headers", json!({"x-team": HEADER}))
+        .env("RUST_LOG", "trace")
+}
+
+#[test]
+fn at_any_level_whatever_happens() {
+    for level in ["debug", "info", "warn", "error"] {
+        let up = Upstream::start(|req, conn| match req.head.get("x-way") {
+            Some("cut") => conn.cut(),
+            Some("broken") => {
+                conn.stream(&[("set-cookie", COOKIE)])?;
+                conn.chunk(BODY)?;
+                conn.cut()
+            }
+            Some("401") => conn.respond(401, &[("set-cookie", COOKIE)], BODY.as_bytes()),
+            Some("500") => conn.respond(500, &[("request-id", "req_7")], BODY.as_bytes()),
+            _ => conn.respond(200, &[("set-cookie", COOKIE)], BODY.as_bytes()),
+        });
+        let (claude, chatgpt) = (up.login("claude", -10), up.login("chatgpt", -10));
+        let setup = tempted(&up, level).save("claude", &claude.claude());
+        let mux = setup.save("chatgpt", &chatgpt.codex()).start_unheard();
+        for target in [
+            MESSAGES,
+            RESPONSES,
+            "/claude/v1/messages?key=Query8Secret2Value",
+        ] {
+            for way in ["fine", "cut", "broken", "401", "500"] {
+                let headers = [
+                    BEARER,
+                    ("x-api-key", TOKEN),
+                    ("cookie", COOKIE),
+                    ("x-way", way),
+                ];
+                let mut client = mux.client();
+                client.request("POST", target, &headers, BODY.as_bytes());
+                client.head();
+                let _ = client.body();
+            }
+        }
+        for headers in [
+            &[("authorization", "Bearer Wrong5Token7Here9Now")][..],
+            &[("x-api-key", "Wrong5Token7Here9Now")],
+            &[
+                ("authorization", "Basic Wrong5Token7Here9Now"),
+                ("cookie", COOKIE),
+            ],
+            &[BEARER, ("x-api-key", "Wrong5Token7Here9Now")],
+            &[BEARER, ("authorization\t", "Bearer Wrong5Token7Here9Now")],
+        ] {
+            let answer = mux
+                .client()
+                .request("POST", MESSAGES, headers, BODY.as_bytes())
+                .answer();
+            assert!(answer.status == 401 || answer.status == 400);
+        }
+        if level == "debug" {
+            mux.wait_log_times("status=", 20);
+            assert!(mux.log().contains("x-way"), "debug adds headers");
+            assert!(!mux.log().contains("[ureq"), "the crates say little");
+        }
+        if level == "warn" || level == "error" {
+            assert!(!mux.log().contains("status=200"), "{}", mux.log());
+        }
+    }
+}
+
+#[test]
+fn when_a_token_endpoint_says_too_much() {
+    for (status, body) in [
+        (200, json!({"access_token": 5, "note": BODY})),
+        (200, json!({"access_token": "", "refresh_token": BODY})),
+        (200, json!(BODY)),
+        (
+            400,
+            json!({"error": "invalid_request", "error_description": BODY}),
+        ),
+        (400, json!({"error": {"message": BODY, "type": BODY}})),
+        (500, json!({"message": BODY})),
+        (302, json!(BODY)),
+    ] {
+        let up = Upstream::plain();
+        let shown = body.clone();
+        up.on_refresh(move |_, conn| {
+            let headers = [
+                ("set-cookie", COOKIE),
+                ("location", "https://example.org/Query8Secret2Value"),
+            ];
+            conn.respond(status, &headers, shown.to_string().as_bytes())
+                .map(|()| true)
+        });
+        let setup = tempted(&up, "debug").save("claude", &up.login("claude", -10).claude());
+        let mux = setup.start();
+        assert_eq!(mux.message().status, 503, "{status} {body}");
+        mux.wait_log("claude: refresh");
+        let said = mux.log_lines("claude: refresh").join("\n");
+        if body["error"] == "invalid_request" {
+            assert!(
+                said.contains("invalid_request"),
+                "its error word is told: {said}"
+            );
+        }
+        assert_eq!(up.refreshes().len(), 1, "{status} {body}");
+    }
+}
+
+/// A credential file of nonsense is no reason to quote it.
+#[test]
+fn when_a_file_is_malformed() {
+    let up = Upstream::plain();
+    let setup = tempted(&up, "debug");
+    for text in [
+        BODY.to_owned(),
+        format!("\"{BODY}\""),
+        format!("{{\"claudeAiOauth\":{{\"accessToken\":[\"{BODY}\"]}}}}"),
+    ] {
+        std::fs::write(login::path(&setup.state(), "claude"), &text).expect("write a file");
+    }
+    let mux = setup.start();
+    assert_eq!(mux.message().status, 503);
+}
+
+#[test]
+fn one_line_for_each_request() {
+    let up = Upstream::start(|req, conn| match req.head.get("x-way") {
+        Some("limited") => conn.respond(429, &[("request-id", "req_011ABC")], b"slow down"),
+        Some("codex") => conn.respond(500, &[("x-request-id", "0f-1e")], b"oh"),
+        Some("cut") => {
+            conn.stream(&[])?;
+            conn.chunk("12345")?;
+            conn.cut()
+        }
+        _ => conn.respond(200, &[("request-id", "req_fine")], b"seven b"),
+    });
+    let mux = Mux::start(&up);
+    let mut lines = 0;
+    let mut line = |target: &str, headers: &[(&str, &str)]| {
+        let mut client = mux.client();
+        client.request("POST", target, headers, b"{}").head();
+        let _ = client.body();
+        lines += 1;
+        mux.wait_log_times("status=", lines);
+        let line = mux.log_lines("status=").pop().expect("a line");
+        let local = client.wire.socket().local_addr().expect("an address");
+        assert!(line.contains(&format!(" peer={local} ")), "{line}");
+        line
+    };
+    let has = |line: &str, words: &[&str]| {
+        for word in words {
+            assert!(
+                format!("{line} ").contains(&format!(" {word} ")),
+                "{word} is not in {line}"
+            );
+        }
+    };
+    let fine = line("/claude/v1/messages?beta=true&x=y", &[BEARER]);
+    let common = [
+        "user=alice",
+        "provider=claude",
+        "method=POST",
+        "path=/claude/v1/messages",
+    ];
+    has(&fine, &common);
+    has(&fine, &["status=200", "bytes=7"]);
+    assert!(
+        fine.contains(" first=") && fine.contains(" total=") && !fine.contains("first=-"),
+        "{fine}"
+    );
+    assert!(
+        !fine.contains("beta") && !fine.contains("req_fine") && !fine.contains("ended="),
+        "{fine}"
+    );
+
+    let limited = line(MESSAGES, &[BEARER, ("x-way", "limited")]);
+    has(
+        &limited,
+        &["status=429", "bytes=9", "request-id=req_011ABC"],
+    );
+    let codex = line(RESPONSES, &[BEARER, ("x-way", "codex")]);
+    has(
+        &codex,
+        &["provider=chatgpt", "status=500", "request-id=0f-1e"],
+    );
+    let cut = line(MESSAGES, &[BEARER, ("x-way", "cut")]);
+    has(&cut, &["status=200", "bytes=5"]);
+    assert!(cut.contains(" ended=\""), "{cut}");
+    let refused = line(MESSAGES, &[]);
+    has(&refused, &["user=-", "status=401"]);
+    let nowhere = line("/nowhere", &[BEARER]);
+    has(
+        &nowhere,
+        &["user=alice", "provider=-", "path=/nowhere", "status=404"],
+    );
+}
+
+#[test]
+fn a_clients_text_cannot_break_a_line() {
+    let up = Upstream::start(|_, conn| {
+        conn.wire.send(
+            b"HTTP/1.1 500 X\r\nrequest-id: a\" status=1 b\x1b[2J\tc\r\ncontent-length: 0\r\n\r\n",
+        )
+    });
+    let mux = Setup::new(&up).set("log_level", "debug").start();
+    let long = format!("/claude/v1/{}", "a".repeat(3000));
+    mux.ask(
+        "POST",
+        &long,
+        &[("user-agent", "x\ty \" peer=1.2.3.4:5 user=root")],
+        b"{}",
+    );
+    for raw in [
+        "GET /claude/v1/a\x1b[31m HTTP/1.1",
+        "GET /\u{202e}x HTTP/1.1",
+        "G\"ET user=root / HTTP/1.1",
+        "GET /x\" HTTP/1.1",
+    ] {
+        let mut client = mux.client();
+        client
+            .send(format!("{raw}\r\nhost: x\r\nx-api-key: {TOKEN}\r\n\r\n"))
+            .rest();
+    }
+    mux.wait_log_times("status=", 2);
+    for line in mux.log().lines() {
+        assert!(
+            !line.contains('\x1b') && !line.contains('\u{202e}'),
+            "{line:?}"
+        );
+        assert!(line.matches(" status=").count() <= 1, "{line:?}");
+        assert!(
+            ["ERROR", "WARN", "INFO", "DEBUG"]
+                .iter()
+                .any(|level| line.starts_with(level)),
+            "{line:?}"
+        );
+    }
+    let line = mux.log_lines("path=/claude/v1/aaa").pop().expect("a line");
+    let path = line
+        .split(" path=")
+        .nth(1)
+        .and_then(|rest| rest.split(' ').next());
+    assert!(path.is_some_and(|path| path.len() <= 203), "{line}");
+}
+
+#[test]
+fn one_line_for_each_refresh() {
+    let up = Upstream::plain();
+    let (claude, chatgpt) = (up.login("claude", -10), up.login("chatgpt", -10));
+    let setup = Setup::bare(&up).save("claude", &claude.claude());
+    let mux = setup.save("chatgpt", &chatgpt.flat()).start();
+    assert_eq!(mux.message().status, 200);
+    assert_eq!(mux.ask("POST", RESPONSES, &[], b"{}").status, 200);
+    for provider in ["claude", "chatgpt"] {
+        assert_eq!(mux.log_lines(&format!("{provider}: refreshed")).len(), 1);
+    }
+    assert!(
+        mux.log_lines("ERROR").is_empty() && mux.log_lines("WARN").is_empty(),
+        "{}",
+        mux.log()
+    );
+}
+
+#[test]
+fn under_systemd_the_journal_tells_the_time() {
+    let up = Upstream::plain();
+    let year = "20"; // every time begins so
+    let line = |mux: &Mux| mux.log_lines("listening on").pop().expect("a line");
+    let plain = Mux::start(&up);
+    assert!(
+        line(&plain).starts_with(&format!("INFO  [ai_mux] {year}")),
+        "{}",
+        line(&plain)
+    );
+    let journal = Setup::new(&up).env("JOURNAL_STREAM", "9:1234").start();
+    assert!(
+        line(&journal).starts_with("INFO  [ai_mux] listening on"),
+        "{}",
+        line(&journal)
+    );
+}

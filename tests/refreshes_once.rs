@@ -1,0 +1,239 @@
+//! A login is refreshed when it must be, once however many need it, and nobody waits who need not.
+
+mod common;
+use common::*;
+use std::thread;
+use std::time::Duration;
+
+/// Refreshes wait until `Steps` says so.
+fn held(up: &Upstream) -> Steps {
+    let go = Steps::default();
+    let held = go.clone();
+    up.on_refresh(move |_, _| {
+        held.wait(1);
+        Ok(false)
+    });
+    go
+}
+
+fn new_access(mux: &Mux) -> String {
+    let file = login::read(&mux.state(), "claude");
+    file["claudeAiOauth"]["accessToken"]
+        .as_str()
+        .expect("a token")
+        .to_owned()
+}
+
+/// The refresh at start has come to its end before the requests of a test begin.
+fn expired_after_start(up: &Upstream, provider: &str) -> Mux {
+    let mux = Setup::new(up).start();
+    let expired = up.login(provider, -10);
+    login::save(&mux.state(), provider, &expired.file(provider));
+    mux
+}
+
+#[test]
+fn fifty_requests_on_an_expired_token_cause_one_refresh() {
+    for (provider, target) in [("claude", MESSAGES), ("chatgpt", RESPONSES)] {
+        let up = Upstream::plain();
+        let mux = expired_after_start(&up, provider);
+        let go = held(&up);
+        let mut clients: Vec<_> = (0..50).map(|_| mux.client()).collect();
+        for client in &mut clients {
+            client.request("POST", target, &[BEARER], b"{}");
+        }
+        up.wait(1, Request::is_refresh);
+        go.advance();
+        for client in &mut clients {
+            assert_eq!(client.answer().status, 200);
+        }
+        assert_eq!((up.refreshes().len(), up.reused()), (1, 0), "{provider}");
+        let first = up.requests()[0].bearer().to_owned();
+        assert!(
+            up.requests().iter().all(|r| r.bearer() == first),
+            "{provider}"
+        );
+        assert_eq!(mux.log_lines(&format!("{provider}: refreshed")).len(), 1);
+    }
+}
+
+#[test]
+fn each_vendor_is_asked_in_its_own_words() {
+    let up = Upstream::plain();
+    let logins = ["claude", "chatgpt"].map(|provider| up.login(provider, -10));
+    let setup = Setup::bare(&up).save("claude", &logins[0].claude());
+    let mux = setup.save("chatgpt", &logins[1].codex()).start();
+    mux.wait_log("claude: refreshed");
+    mux.wait_log("chatgpt: refreshed");
+    let refreshes = up.refreshes();
+    let of = |name: &str| {
+        refreshes
+            .iter()
+            .find(|r| r.provider() == name)
+            .expect("a refresh")
+    };
+    let body = |name| serde_json::from_slice::<Value>(&of(name).body).expect("JSON");
+    let claude = json!({
+        "grant_type": "refresh_token",
+        "refresh_token": logins[0].refresh,
+        "client_id": "9d1c250a-e61b-44d9-88ed-5944d1962f5e",
+    });
+    let chatgpt = json!({
+        "grant_type": "refresh_token",
+        "refresh_token": logins[1].refresh,
+        "client_id": "app_EMoamEEZ73f0CkXaXp7hrann",
+        "scope": "openid profile email",
+    });
+    assert_eq!((body("claude"), body("chatgpt")), (claude, chatgpt));
+    for request in &refreshes {
+        assert_eq!(request.head.word(0), "POST");
+        assert!(
+            request
+                .head
+                .get("content-type")
+                .is_some_and(|t| t.starts_with("application/json"))
+        );
+        assert_eq!(request.head.get("authorization"), None);
+    }
+}
+
+#[test]
+fn a_good_token_is_left_alone() {
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).set("refresh_check_interval", "1s").start();
+    for _ in 0..3 {
+        assert_eq!(mux.message().status, 200);
+        thread::sleep(Duration::from_millis(600));
+    }
+    assert_eq!(up.refreshes().len(), 0);
+}
+
+/// Five minutes are less than the ten to the next look: refreshed at once, in the background.
+#[test]
+fn an_ageing_token_serves_while_it_is_refreshed() {
+    let up = Upstream::plain();
+    let go = held(&up);
+    let login = up.login("claude", 300);
+    let mux = Setup::new(&up).save("claude", &login.claude()).start();
+    up.wait(1, Request::is_refresh);
+    for _ in 0..5 {
+        assert_eq!(mux.message().status, 200);
+    }
+    assert!(up.requests().iter().all(|r| r.bearer() == login.access));
+    go.advance();
+    mux.wait_log("claude: refreshed");
+    assert_eq!(mux.message().status, 200);
+    assert_eq!(up.requests()[5].bearer(), new_access(&mux));
+    assert_ne!(new_access(&mux), login.access);
+    assert_eq!(up.refreshes().len(), 1);
+}
+
+/// With a look every second the same token needs no refresh yet.
+#[test]
+fn the_next_look_decides_what_is_ageing() {
+    let up = Upstream::plain();
+    let login = up.login("claude", 300);
+    let setup = Setup::new(&up).set("refresh_check_interval", "1s");
+    let mux = setup.save("claude", &login.claude()).start();
+    thread::sleep(Duration::from_millis(1500));
+    assert_eq!(mux.message().status, 200);
+    assert_eq!(up.refreshes().len(), 0);
+}
+
+#[test]
+fn the_background_refreshes_with_no_request() {
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).set("refresh_check_interval", "1s").start();
+    let ageing = up.login("chatgpt", 50);
+    login::save(&mux.state(), "chatgpt", &ageing.codex());
+    mux.wait_log("chatgpt: refreshed");
+    assert_eq!((up.refreshes().len(), up.requests().len()), (1, 0));
+}
+
+#[test]
+fn a_token_that_ends_within_a_minute_is_refreshed_before_it_is_used() {
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).start();
+    let login = up.login("claude", 45);
+    login::save(&mux.state(), "claude", &login.claude());
+    assert_eq!(mux.message().status, 200);
+    assert_eq!(up.refreshes().len(), 1);
+    assert_eq!(up.requests()[0].bearer(), new_access(&mux));
+    assert_ne!(up.requests()[0].bearer(), login.access);
+}
+
+#[test]
+fn a_client_that_hangs_up_does_not_stop_a_refresh() {
+    let up = Upstream::plain();
+    let mux = expired_after_start(&up, "claude");
+    let go = held(&up);
+    let mut client = mux.client();
+    client.request("POST", MESSAGES, &[BEARER], b"{}");
+    up.wait(1, Request::is_refresh);
+    client.wire.cut();
+    drop(client);
+    go.advance();
+    mux.wait_log("claude: refreshed");
+    assert_eq!(mux.message().status, 200);
+    assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+}
+
+#[test]
+fn providers_do_not_wait_for_each_other() {
+    let up = Upstream::plain();
+    let mux = expired_after_start(&up, "claude");
+    let go = held(&up);
+    let mut waiting = mux.client();
+    waiting.request("POST", MESSAGES, &[BEARER], b"{}");
+    up.wait(1, Request::is_refresh);
+    assert_eq!(mux.ask("POST", RESPONSES, &[], b"{}").status, 200);
+    go.advance();
+    assert_eq!(waiting.answer().status, 200);
+}
+
+/// What the vendor leaves out of its answer stays as it was.
+#[test]
+fn an_answer_without_a_refresh_token_keeps_the_old_one() {
+    let up = Upstream::plain();
+    let kept = up.login("claude", -10);
+    let fresh = up.login("claude", 3600);
+    let access = fresh.access.clone();
+    up.on_refresh(move |_, conn| {
+        let answer = json!({"access_token": access, "expires_in": 3600, "token_type": "Bearer"});
+        conn.json(200, &answer).map(|()| true)
+    });
+    let mux = Setup::new(&up).save("claude", &kept.claude()).start();
+    assert_eq!(mux.message().status, 200);
+    assert_eq!(up.requests()[0].bearer(), fresh.access);
+    let file = login::read(&mux.state(), "claude");
+    assert_eq!(file["claudeAiOauth"]["refreshToken"], json!(kept.refresh));
+    assert_eq!(file["claudeAiOauth"]["accessToken"], json!(fresh.access));
+}
+
+/// A lifetime of nonsense counts as a minute or as 30 days.
+#[test]
+fn a_lifetime_is_taken_between_a_minute_and_thirty_days() {
+    for (said, taken) in [
+        (json!(1), 60),
+        (json!(0), 60),
+        (json!(-5), 60),
+        (json!(999_999_999), 30 * 86_400),
+    ] {
+        let up = Upstream::plain();
+        let (old, fresh) = (up.login("claude", -10), up.login("claude", 0));
+        let answer = json!({"access_token": fresh.access, "refresh_token": fresh.refresh, "expires_in": said});
+        up.on_refresh(move |_, conn| conn.json(200, &answer).map(|()| true));
+        let before = now();
+        let mux = Setup::new(&up).save("claude", &old.claude()).start();
+        mux.wait_log("claude: refreshed");
+        let file = login::read(&mux.state(), "claude");
+        let expires = file["claudeAiOauth"]["expiresAt"]
+            .as_u64()
+            .expect("milliseconds")
+            / 1000;
+        assert!(
+            (before + taken..=now() + taken).contains(&expires),
+            "{said}: {expires}"
+        );
+    }
+}

@@ -1,0 +1,307 @@
+//! A bad configuration stops the start with exit 2 and one line that names the file, the field, what was found and
+//! what would be right. A secret that was found is not shown.
+
+mod common;
+use common::*;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// Runs it on this text as its configuration; it must end by itself.
+fn run(folder: &Path, name: &str, text: &str) -> (i32, String) {
+    let path = folder.join(name);
+    fs::write(&path, text).expect("write the configuration");
+    let mut command = Command::new(binary());
+    let Output {
+        status,
+        stderr,
+        stdout,
+    } = command
+        .env_clear()
+        .env("HOME", folder)
+        .arg("--config")
+        .arg(&path)
+        .output()
+        .expect("run ai-mux");
+    assert!(stdout.is_empty());
+    (
+        status.code().unwrap_or(-1),
+        String::from_utf8_lossy(&stderr).into_owned(),
+    )
+}
+
+/// Each configuration, and what the line must say beside the file's name.
+const TABLE: &[(&str, &[&str])] = &[
+    ("listne: ':8080'", &["listne", "listen"]),
+    ("listen: 8080", &["listen"]),
+    ("listen: localhost", &["listen", "localhost"]),
+    ("listen: ':99999'", &["listen", "99999"]),
+    ("listen: ':http'", &["listen", "http"]),
+    ("listen: ''", &["listen"]),
+    ("state_dir: 5", &["state_dir"]),
+    ("state_dir: [a]", &["state_dir"]),
+    (
+        "log_level: loud",
+        &["log_level", "loud", "debug", "info", "warn", "error"],
+    ),
+    ("log_level: 3", &["log_level"]),
+    ("providers: claude", &["providers"]),
+    (
+        "providers: [gemini]",
+        &["providers", "gemini", "claude", "chatgpt"],
+    ),
+    ("providers: [claude, claude]", &["providers", "claude"]),
+    (
+        "providers: [claude, {name: claude}]",
+        &["providers", "claude"],
+    ),
+    ("providers: [{headers: {}}]", &["providers", "name"]),
+    (
+        "providers: [{name: gemini}]",
+        &["providers", "gemini", "claude"],
+    ),
+    (
+        "providers: [{name: claude, url: x}]",
+        &["providers", "url", "base_url"],
+    ),
+    ("providers: [{name: claude, base_url: 5}]", &["base_url"]),
+    (
+        "providers: [{name: claude, base_url: nonsense}]",
+        &["base_url", "nonsense"],
+    ),
+    (
+        "providers: [{name: claude, base_url: 'http://example.org'}]",
+        &["base_url", "http://example.org", "https"],
+    ),
+    (
+        "providers: [{name: claude, base_url: 'http://127.0.0.1.example.org'}]",
+        &["base_url", "https"],
+    ),
+    (
+        "providers: [{name: claude, base_url: 'http://192.168.1.1'}]",
+        &["base_url", "https"],
+    ),
+    (
+        "providers: [{name: claude, base_url: 'ftp://localhost'}]",
+        &["base_url", "ftp", "https"],
+    ),
+    (
+        "providers: [{name: claude, token_url: 'http://example.org/token'}]",
+        &["token_url", "https"],
+    ),
+    ("providers: [{name: claude, headers: [a]}]", &["headers"]),
+    (
+        "providers: [{name: claude, headers: {x-a: 5}}]",
+        &["headers"],
+    ),
+    (
+        "providers: [{name: claude, headers: {'x a': b}}]",
+        &["headers", "x a"],
+    ),
+    (
+        "providers: [{name: claude, headers: {'': b}}]",
+        &["headers"],
+    ),
+    ("users: alice", &["users"]),
+    ("users: [alice]", &["users"]),
+    ("users: [{name: alice}]", &["users", "token"]),
+    ("users: [{token: Sk4rTz9wQp2mVx7n}]", &["users", "name"]),
+    (
+        "users: [{name: alice, tokn: Sk4rTz9wQp2mVx7n}]",
+        &["users", "tokn", "token"],
+    ),
+    (
+        "users: [{name: alice, token: Sk4rTz9wQp2mVx7}]",
+        &["users", "token", "16"],
+    ),
+    (
+        "users: [{name: alice, token: 1234567890123456}]",
+        &["users", "token"],
+    ),
+    (
+        "users: [{name: alice, token: Sk4rTz9wQp2mVx7n, token_file: /x}]",
+        &["users", "token_file"],
+    ),
+    (
+        "users: [{name: alice, token_file: /nowhere/at/all}]",
+        &["users", "token_file", "/nowhere/at/all"],
+    ),
+    (
+        "users: [{name: alice, token: Sk4rTz9wQp2mVx7n}, {name: alice, token: Jd8fHs6gBc5yLq3w}]",
+        &["users", "alice"],
+    ),
+    (
+        "users: [{name: alice, token: Sk4rTz9wQp2mVx7n}, {name: bob, token: Sk4rTz9wQp2mVx7n}]",
+        &["users", "token"],
+    ),
+    (
+        "users: [{name: '', token: Sk4rTz9wQp2mVx7n}]",
+        &["users", "name"],
+    ),
+    ("request_timeout: soon", &["request_timeout", "soon", "60s"]),
+    ("request_timeout: -5", &["request_timeout"]),
+    ("request_timeout: 0", &["request_timeout"]),
+    ("request_timeout: 1.5", &["request_timeout"]),
+    (
+        "request_timeout: 5 parsecs",
+        &["request_timeout", "parsecs"],
+    ),
+    ("stream_idle_timeout: [1]", &["stream_idle_timeout"]),
+    ("stream_idle_timeout: 0s", &["stream_idle_timeout"]),
+    (
+        "refresh_check_interval: 500ms",
+        &["refresh_check_interval", "500ms", "1"],
+    ),
+    ("refresh_check_interval: 0", &["refresh_check_interval"]),
+    ("workers: 0", &["workers", "0"]),
+    ("workers: -1", &["workers", "-1"]),
+    ("workers: many", &["workers"]),
+    ("workers: 1.5", &["workers"]),
+    ("proxy: 5", &["proxy"]),
+    ("proxy: 'gopher://localhost'", &["proxy"]),
+    ("proxy: nonsense://", &["proxy"]),
+    ("tls: true", &["tls"]),
+    ("tls: {enabled: maybe}", &["tls.enabled"]),
+    ("tls: {enabled: true}", &["tls", "cert_path"]),
+    ("tls: {enabled: true, cert_path: /x}", &["tls", "key_path"]),
+    (
+        "tls: {enabled: true, cert: /x}",
+        &["tls", "cert", "cert_path"],
+    ),
+    ("[1, 2]", &[]),
+    ("just words", &[]),
+    ("listen: [", &[]),
+    ("listen: a\nlisten: b", &["listen"]),
+    ("\tlisten: a", &[]),
+];
+
+#[test]
+fn each_fault_is_one_clear_line() {
+    let folder = Folder::new();
+    for (text, words) in TABLE {
+        let (code, said) = run(&folder.0, "wrong.yaml", text);
+        assert_eq!(code, 2, "{text}: {said}");
+        assert_eq!(said.trim_end().lines().count(), 1, "{text}: {said}");
+        assert!(said.contains("wrong.yaml"), "{text}: {said}");
+        for word in *words {
+            assert!(said.contains(word), "{text}: {word:?} is not in {said}");
+        }
+    }
+}
+
+#[test]
+fn what_was_found_in_a_secret_field_is_not_shown() {
+    let folder = Folder::new();
+    let short = fs::write(folder.0.join("short"), "Pw5xKt");
+    short.expect("write a file");
+    let short = folder.0.join("short");
+    for text in [
+        "users: [{name: alice, token: Pw5xKt}]".to_owned(),
+        "users: [{name: alice, token: [Pw5xKtRb8zHn]}]".to_owned(),
+        "users: [{name: alice, token: {Pw5xKtRb8zHn: 1}}]".to_owned(),
+        "users: [{name: alice, token: 'Pw5xKt Rb8zHn Vc3mXd'}]".to_owned(),
+        "users: [{name: alice, token: \"Pw5xKtRb8zHn\\nVc3mXd\"}]".to_owned(),
+        "users: [{name: alice, token: Pw5xKtRb8zHnéVc3mXd}]".to_owned(),
+        "users: [{name: a, token: Pw5xKtRb8zHnVc3mXd}, {name: b, token: Pw5xKtRb8zHnVc3mXd}]"
+            .to_owned(),
+        format!("users: [{{name: alice, token_file: {}}}]", short.display()),
+        "users: [{name: alice, token: 555666777888999000}]".to_owned(),
+        "providers: [{name: claude, headers: {x-a: [Pw5xKt]}}]".to_owned(),
+        "providers: [{name: claude, headers: {authorization: Pw5xKt}}]".to_owned(),
+        "providers: [{name: claude, headers: {x-a: \"Pw5xKt\\r\\nx: y\"}}]".to_owned(),
+        "proxy: 'gopher://user:Pw5xKt@localhost:1'".to_owned(),
+        "proxy: 'http://user:Pw5xKt@:no'".to_owned(),
+        "providers: [{name: claude, base_url: 'http://user:Pw5xKt@example.org'}]".to_owned(),
+    ] {
+        let (code, said) = run(&folder.0, "wrong.yaml", &text);
+        assert_eq!(code, 2, "{text}: {said}");
+        for secret in ["Pw5xKt", "Rb8zHn", "Vc3mXd", "666777"] {
+            assert!(!said.contains(secret), "{text}: {said}");
+        }
+    }
+}
+
+#[test]
+fn headers_of_authentication_account_framing_and_the_hop_cannot_be_configured() {
+    let folder = Folder::new();
+    for name in [
+        "Authorization",
+        "x-api-key",
+        "Cookie",
+        "ChatGPT-Account-Id",
+        "Host",
+        "Content-Length",
+        "Transfer-Encoding",
+        "Connection",
+        "Keep-Alive",
+        "TE",
+        "Trailer",
+        "Upgrade",
+        "Expect",
+        "Proxy-Authorization",
+        "Proxy-Connection",
+    ] {
+        let text = format!("providers: [{{name: chatgpt, headers: {{{name}: x}}}}]");
+        let (code, said) = run(&folder.0, "wrong.yaml", &text);
+        assert_eq!(code, 2, "{name}: {said}");
+        assert!(
+            said.contains("headers") && said.contains(name),
+            "{name}: {said}"
+        );
+    }
+}
+
+#[test]
+fn a_json_file_is_held_to_the_same_rules() {
+    let folder = Folder::new();
+    for (text, word) in [
+        ("{\"workers\": 0}", "workers"),
+        ("{\"worker\": 1}", "worker"),
+        ("{\"listen\": \":8080\",}", "wrong.json"),
+        ("workers: 5", "wrong.json"),
+        (
+            "{\"users\": [{\"name\": \"alice\", \"token\": \"Pw5xKt\"}]}",
+            "token",
+        ),
+    ] {
+        let (code, said) = run(&folder.0, "wrong.json", text);
+        assert_eq!(code, 2, "{text}: {said}");
+        assert!(
+            said.contains("wrong.json") && said.contains(word),
+            "{text}: {said}"
+        );
+        assert!(!said.contains("Pw5xKt"), "{said}");
+    }
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_named() {
+    let folder = Folder::new();
+    for path in [folder.0.join("missing.yaml"), folder.0.clone()] {
+        let mut command = Command::new(binary());
+        let run = command
+            .env_clear()
+            .arg("--config")
+            .arg(&path)
+            .output()
+            .expect("run ai-mux");
+        let said = String::from_utf8_lossy(&run.stderr);
+        assert_eq!(run.status.code(), Some(2), "{said}");
+        assert!(
+            said.contains(path.to_str().expect("text")) && said.lines().count() == 1,
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn no_credential_at_all_is_an_error_that_names_the_paths() {
+    let up = Upstream::plain();
+    let setup = Setup::bare(&up).set("providers", json!([]));
+    let paths = ["claude", "chatgpt"].map(|name| login::path(&setup.state(), name));
+    let (code, said) = setup.refused();
+    assert!(code == 1 || code == 2, "{code}: {said}");
+    for path in paths {
+        assert!(said.contains(path.to_str().expect("text")), "{said}");
+    }
+}

@@ -1,0 +1,163 @@
+//! A 401 from upstream is answered with a fresh token and the same request, once, and nothing else ever is.
+
+mod common;
+use common::*;
+
+fn revoked(up: &Upstream) -> Mux {
+    let login = up.login("claude", 3600);
+    up.revoke(&login.access);
+    Setup::new(up).save("claude", &login.claude()).start()
+}
+
+#[test]
+fn with_the_same_body_and_a_new_token() {
+    let up = Upstream::start(|req, conn| conn.respond(200, &[], &req.body));
+    for chunked in [false, true] {
+        let mux = revoked(&up);
+        let before = up.requests().len();
+        let body: Vec<u8> = (0..1_000_000u32).map(|i| i as u8).collect();
+        let mut client = mux.client();
+        let kept = ("x-kept", "yes");
+        if chunked {
+            client.start(
+                "POST",
+                MESSAGES,
+                &[BEARER, kept, ("transfer-encoding", "chunked")],
+            );
+            client.chunk(&body).finish();
+        } else {
+            client.request("POST", MESSAGES, &[BEARER, kept], &body);
+        }
+        let answer = client.answer();
+        assert!(
+            answer.status == 200 && answer.body == body,
+            "{}",
+            answer.status
+        );
+        let requests = up.requests().split_off(before);
+        assert_eq!(requests.len(), 2);
+        assert_ne!(requests[0].bearer(), requests[1].bearer());
+        for request in &requests {
+            assert!(request.body == body && request.head.get("x-kept") == Some("yes"));
+            assert_eq!(request.head.word(1), "/anthropic/v1/messages");
+        }
+    }
+    assert_eq!(up.refreshes().len(), 2);
+}
+
+#[test]
+fn with_the_token_on_disk_if_that_is_newer() {
+    let up = Upstream::plain();
+    let setup = Setup::new(&up);
+    let (old, newer) = (up.login("claude", 3600), up.login("claude", 3600));
+    let (state, file) = (setup.state(), newer.claude());
+    let up = {
+        let stale = old.access.clone();
+        let script = move |req: &Request, conn: &mut Conn| {
+            if req.bearer() != stale {
+                return conn.respond(200, &[], b"fine");
+            }
+            login::save(&state, "claude", &file);
+            conn.respond(401, &[], b"stale")
+        };
+        Upstream::start(script)
+    };
+    up.accept(&old);
+    up.accept(&newer);
+    let providers = json!([up.provider("claude"), up.provider("chatgpt")]);
+    let mux = setup
+        .set("providers", providers)
+        .save("claude", &old.claude())
+        .start();
+    assert_eq!(mux.message().text(), "fine");
+    let tokens: Vec<_> = up
+        .requests()
+        .iter()
+        .map(|r| r.bearer().to_owned())
+        .collect();
+    assert_eq!(tokens, [old.access, newer.access]);
+    assert_eq!(up.refreshes().len(), 0);
+}
+
+/// The upstream refuses every token: its second word stands, and is not asked for again within a minute.
+#[test]
+fn a_second_401_passes_through() {
+    let up = Upstream::start(|_, conn| {
+        conn.respond(401, &[("x-from", "upstream")], b"upstream's own words")
+    });
+    let mux = Mux::start(&up);
+    for (requests, refreshes) in [(2, 1), (3, 1), (4, 1)] {
+        let answer = mux.message();
+        assert_eq!(
+            (answer.status, answer.text()),
+            (401, "upstream's own words")
+        );
+        assert_eq!(answer.header("x-from"), Some("upstream"));
+        assert_eq!(
+            (up.requests().len(), up.refreshes().len()),
+            (requests, refreshes)
+        );
+    }
+}
+
+#[test]
+fn not_when_the_body_was_too_large_to_hold() {
+    let up = Upstream::plain();
+    let mux = revoked(&up);
+    let body = vec![b'x'; 2 << 20];
+    assert_eq!(mux.ask("POST", MESSAGES, &[], &body).status, 401);
+    assert_eq!(up.requests().len(), 1);
+    assert_eq!(mux.message().status, 200, "the next one has a new token");
+    assert_eq!(up.refreshes().len(), 1);
+}
+
+#[test]
+fn fifty_at_once_share_one_refresh() {
+    let up = Upstream::plain();
+    let mux = revoked(&up);
+    let mut clients: Vec<_> = (0..50).map(|_| mux.client()).collect();
+    for client in &mut clients {
+        client.request("POST", MESSAGES, &[BEARER], b"{}");
+    }
+    for client in &mut clients {
+        assert_eq!(client.answer().status, 200);
+    }
+    assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+    assert!(up.requests().len() <= 100);
+}
+
+#[test]
+fn nothing_but_a_401() {
+    let up = Upstream::start(|req, conn| {
+        let status = req
+            .head
+            .get("x-status")
+            .and_then(|s| s.parse().ok())
+            .unwrap_or(0);
+        conn.respond(status, &[], b"")
+    });
+    let mux = Mux::start(&up);
+    for (number, status) in [400, 403, 404, 408, 409, 429, 500, 502, 503, 529]
+        .into_iter()
+        .enumerate()
+    {
+        let answer = mux.ask(
+            "POST",
+            MESSAGES,
+            &[("x-status", &status.to_string())],
+            b"{}",
+        );
+        assert_eq!(answer.status, status);
+        assert_eq!(up.requests().len(), number + 1);
+    }
+    assert_eq!(up.refreshes().len(), 0);
+}
+
+#[test]
+fn not_when_the_upstream_breaks_off() {
+    let up = Upstream::start(|_, conn| conn.cut());
+    let mux = Mux::start(&up);
+    assert_eq!(mux.message().status, 502);
+    assert_eq!(mux.ask("GET", MESSAGES, &[], b"").status, 502);
+    assert_eq!(up.requests().len(), 2);
+}

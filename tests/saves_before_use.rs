@@ -1,0 +1,102 @@
+//! A new token is on disk before anyone uses it, and a place where it could not be saved is found out
+//! before the old one is spent.
+
+mod common;
+use common::*;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+fn allow(folder: &Path, mode: u32) {
+    fs::set_permissions(folder, fs::Permissions::from_mode(mode)).expect("chmod");
+}
+
+#[test]
+fn the_file_holds_every_token_that_the_upstream_sees() {
+    let state = Arc::new(OnceLock::<PathBuf>::new());
+    let seen = state.clone();
+    let up = Upstream::start(move |req, conn| {
+        let file = login::read(seen.get().expect("a folder"), "claude");
+        let saved = file["claudeAiOauth"]["accessToken"] == json!(req.bearer());
+        conn.respond(200, &[], if saved { b"saved" } else { b"not saved" })
+    });
+    let setup = Setup::new(&up);
+    state.set(setup.state()).expect("set once");
+    let mux = setup.start();
+    for round in 1..=20 {
+        login::save(&mux.state(), "claude", &up.login("claude", -10).claude());
+        let mut clients: Vec<_> = (0..4).map(|_| mux.client()).collect();
+        for client in &mut clients {
+            client.request("POST", MESSAGES, &[BEARER], b"{}");
+        }
+        for client in &mut clients {
+            assert_eq!(client.answer().text(), "saved");
+        }
+        assert_eq!((up.refreshes().len(), up.reused()), (round, 0));
+    }
+}
+
+#[test]
+fn an_unwritable_folder_is_found_out_before_the_refresh_token_is_spent() {
+    let up = Upstream::plain();
+    let setup = Setup::new(&up).save("claude", &up.login("claude", -10).claude());
+    let folder = setup.state().join("claude");
+    let setup = setup.unprivileged();
+    allow(&folder, 0o500);
+    let mux = setup.start();
+    mux.wait_log("ERROR");
+    let answer = mux.message();
+    assert_eq!(answer.status, 503);
+    answer.error();
+    assert_eq!(mux.ask("POST", RESPONSES, &[], b"{}").status, 200);
+    assert_eq!(up.refreshes().len(), 0);
+    allow(&folder, 0o700);
+    let served = (0..100).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        mux.message().status == 200
+    });
+    assert!(served, "a writable folder is not noticed");
+    assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+}
+
+/// The folder closes while the vendor answers. The tokens live on in memory until they can be saved.
+fn unsaved(up: &Upstream, setup: Setup) -> Mux {
+    let folder = setup.state().join("claude");
+    up.on_refresh(move |_, _| {
+        allow(&folder, 0o500);
+        Ok(false)
+    });
+    let setup = setup.save("claude", &up.login("claude", -10).claude());
+    let mux = setup.unprivileged().start();
+    mux.wait_log("ERROR");
+    assert_eq!(mux.message().status, 200, "the tokens in memory serve");
+    assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+    mux
+}
+
+fn wait_until_saved(up: &Upstream, mux: &Mux) {
+    let used = up.requests().pop().expect("a request").bearer().to_owned();
+    let saved = (0..300).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        login::read(&mux.state(), "claude")["claudeAiOauth"]["accessToken"] == json!(used)
+    });
+    assert!(saved, "never saved");
+}
+
+#[test]
+fn what_could_not_be_written_is_written_at_the_next_look() {
+    let up = Upstream::plain();
+    let mux = unsaved(&up, Setup::new(&up).set("refresh_check_interval", "1s"));
+    allow(&mux.state().join("claude"), 0o700);
+    wait_until_saved(&up, &mux);
+}
+
+#[test]
+fn what_could_not_be_written_is_written_at_shutdown() {
+    let up = Upstream::plain();
+    let mut mux = unsaved(&up, Setup::new(&up));
+    allow(&mux.state().join("claude"), 0o700);
+    assert_eq!(mux.stop(), 0);
+    wait_until_saved(&up, &mux);
+}

@@ -1,0 +1,173 @@
+//! HTTPS with TLS 1.2 and 1.3, every usual form of a key, and a pair that is renewed without a restart.
+
+mod common;
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use common::*;
+use rustls::version::{TLS12, TLS13};
+use std::fs;
+
+fn pem(label: &str, der: &[u8]) -> String {
+    let text = BASE64_STANDARD.encode(der);
+    let lines: Vec<_> = text
+        .as_bytes()
+        .chunks(64)
+        .map(String::from_utf8_lossy)
+        .collect();
+    format!(
+        "-----BEGIN {label}-----\n{}\n-----END {label}-----\n",
+        lines.join("\n")
+    )
+}
+
+/// The key that a PKCS#8 wrapping holds: everything after the header of its octet string.
+fn unwrapped(pkcs8: &[u8], header: &[u8]) -> Vec<u8> {
+    let at = pkcs8
+        .windows(header.len())
+        .position(|w| w == header)
+        .expect("an octet string");
+    pkcs8[at + header.len()..].to_vec()
+}
+
+#[test]
+fn versions_1_2_and_1_3_and_kept_connections() {
+    let authority = Authority::new();
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).tls(&authority).start();
+    assert!(
+        mux.log().contains("listening on https://127.0.0.1:"),
+        "{}",
+        mux.log()
+    );
+    for version in [&TLS12, &TLS13] {
+        let wire = authority
+            .connect(mux.addr, &[version])
+            .expect("a handshake");
+        let mut client = Client::on(wire);
+        for _ in 0..3 {
+            let answer = client.request("POST", MESSAGES, &[BEARER], b"{}").answer();
+            assert_eq!(answer.text(), "fine");
+        }
+        let answer = client.request("POST", MESSAGES, &[], b"{}").answer();
+        assert_eq!(answer.status, 401);
+    }
+}
+
+#[test]
+fn every_form_of_a_key() {
+    let up = Upstream::plain();
+    let curve = Authority::new();
+    let rsa = rcgen::KeyPair::from_pem(include_str!("common/rsa.pem")).expect("an RSA key");
+    let rsa = Authority::with(rsa);
+    let sec1 = [
+        b"\x30\x6b".to_vec(),
+        unwrapped(&curve.key, b"\x04\x6d\x30\x6b"),
+    ]
+    .concat();
+    let size = &rsa.key[22..26];
+    let pkcs1 = unwrapped(&rsa.key, size);
+    for (authority, key) in [
+        (&curve, curve.key_pem.clone()),
+        (&curve, pem("EC PRIVATE KEY", &sec1)),
+        (&rsa, rsa.key_pem.clone()),
+        (&rsa, pem("RSA PRIVATE KEY", &pkcs1)),
+    ] {
+        let mut authority = authority.clone();
+        authority.key_pem = key;
+        let mux = Setup::new(&up).tls(&authority).start();
+        let mut client = Client::tls(mux.addr, &authority);
+        let answer = client.request("POST", MESSAGES, &[BEARER], b"{}").answer();
+        assert_eq!(
+            answer.text(),
+            "fine",
+            "{}",
+            authority.key_pem.lines().next().unwrap_or_default()
+        );
+    }
+}
+
+/// Whether a new connection is shown this certificate.
+fn shows(mux: &Mux, authority: &Authority) -> bool {
+    authority.connect(mux.addr, rustls::ALL_VERSIONS).is_ok()
+}
+
+fn wait_until_shown(mux: &Mux, authority: &Authority) {
+    let shown = (0..300).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        shows(mux, authority)
+    });
+    assert!(shown, "the new certificate is not in use");
+}
+
+#[test]
+fn a_renewed_pair_is_used_and_a_broken_one_is_not() {
+    let (first, second, third) = (Authority::new(), Authority::new(), Authority::new());
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).tls(&first).start();
+    let put =
+        |name: &str, text: &str| fs::write(mux.folder.0.join(name), text).expect("write a file");
+    let mut kept = Client::tls(mux.addr, &first);
+    assert_eq!(
+        kept.request("POST", MESSAGES, &[BEARER], b"{}")
+            .answer()
+            .status,
+        200
+    );
+
+    put("cert.pem", &second.cert_pem);
+    put("key.pem", &second.key_pem);
+    wait_until_shown(&mux, &second);
+    assert!(!shows(&mux, &first));
+    let old = kept.request("POST", MESSAGES, &[BEARER], b"{}").answer();
+    assert_eq!(old.status, 200, "an open connection lives on");
+
+    for (number, broken) in ["not a certificate", &third.cert_pem]
+        .into_iter()
+        .enumerate()
+    {
+        let said = mux.log_lines("cert.pem").len();
+        put("cert.pem", broken);
+        mux.wait_log_times("cert.pem", said + 1);
+        assert!(shows(&mux, &second), "broken pair {number}");
+    }
+    put("key.pem", &third.key_pem);
+    wait_until_shown(&mux, &third);
+}
+
+#[test]
+fn a_client_that_speaks_no_tls_harms_nobody() {
+    let authority = Authority::new();
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).tls(&authority).start();
+    let mut plain = mux.client();
+    plain.request("POST", MESSAGES, &[BEARER], b"{}");
+    assert!(!plain.rest().starts_with(b"HTTP/1.1 200"));
+    let mut client = Client::tls(mux.addr, &authority);
+    assert_eq!(
+        client
+            .request("POST", MESSAGES, &[BEARER], b"{}")
+            .answer()
+            .status,
+        200
+    );
+    assert_eq!(up.requests().len(), 1);
+}
+
+#[test]
+fn a_pair_that_cannot_be_used_stops_the_start() {
+    let (one, other) = (Authority::new(), Authority::new());
+    let up = Upstream::plain();
+    for (cert, key) in [
+        (one.cert_pem.as_str(), other.key_pem.as_str()),
+        ("garbage", one.key_pem.as_str()),
+        (one.cert_pem.as_str(), "garbage"),
+        ("", ""),
+    ] {
+        let mut pair = one.clone();
+        (pair.cert_pem, pair.key_pem) = (cert.to_owned(), key.to_owned());
+        let (code, log) = Setup::new(&up).tls(&pair).refused();
+        assert!(code == 1 || code == 2, "{code}: {log}");
+        assert!(log.contains(".pem"), "{log}");
+        assert!(!log.contains("panicked"), "{log}");
+    }
+}

@@ -1,0 +1,280 @@
+//! An upstream that fails is seen to fail: an answer that broke off is never shown as whole, and one that
+//! never came is an error that says so.
+
+mod common;
+use common::*;
+use std::io::{self, Read};
+use std::time::Duration;
+
+/// Fails in the way that `x-way` names.
+fn fail(req: &Request, conn: &mut Conn) -> io::Result<()> {
+    match req.head.get("x-way").unwrap_or_default() {
+        "sized, half way" => {
+            conn.head(200, &[("content-length", "1000")])?;
+            conn.wire.send(&[b'x'; 500])?;
+        }
+        "sized, before the first byte" => conn.head(200, &[("content-length", "1000")])?,
+        "sized, before the last byte" => {
+            conn.head(200, &[("content-length", "1000")])?;
+            conn.wire.send(&[b'x'; 999])?;
+        }
+        "chunked, after a chunk" => {
+            conn.stream(&[("content-type", "text/event-stream")])?;
+            conn.chunk("data: 1\n\n")?;
+        }
+        "chunked, within a chunk" => {
+            conn.stream(&[])?;
+            conn.wire.send(b"100\r\nhalf of it")?;
+        }
+        "chunked, before the first" => conn.stream(&[])?,
+        "chunked, not a number" => {
+            conn.stream(&[])?;
+            conn.chunk("data: 1\n\n")?;
+            conn.wire.send(b"zz\r\nwhat\r\n")?;
+        }
+        "closed" => {}
+        "half a head" => conn.wire.send(b"HTTP/1.1 200 OK\r\nContent-Le")?,
+        "garbage" => conn.wire.send(b"\x16\x03\x01 this is no HTTP\r\n\r\n")?,
+        "a bad header" => conn.wire.send(b"HTTP/1.1 200 OK\r\nbad header\r\n\r\n")?,
+        way => panic!("there is no way {way:?}"),
+    }
+    conn.cut()
+}
+
+const CUT: [&str; 7] = [
+    "sized, half way",
+    "sized, before the first byte",
+    "sized, before the last byte",
+    "chunked, after a chunk",
+    "chunked, within a chunk",
+    "chunked, before the first",
+    "chunked, not a number",
+];
+
+#[test]
+fn an_answer_that_breaks_off_is_broken_for_the_client_too() {
+    let up = Upstream::start(fail);
+    let mux = Mux::start(&up);
+    for (number, way) in CUT.into_iter().enumerate() {
+        let mut client = mux.client();
+        client.request("POST", MESSAGES, &[BEARER, ("x-way", way)], b"{}");
+        assert_eq!(client.head().word(1), "200", "{way}");
+        let error = client.body().expect_err(way);
+        assert_ne!(
+            error.kind(),
+            io::ErrorKind::WouldBlock,
+            "{way}: the connection stays open"
+        );
+        mux.wait_log_times("ended=", number + 1);
+    }
+    assert_eq!(up.requests().len(), CUT.len(), "nothing is replayed");
+}
+
+/// A reader of TLS can tell a cut from an end by the missing close_notify.
+#[test]
+fn over_tls_it_ends_without_a_farewell() {
+    let authority = Authority::new();
+    let up = Upstream::start(fail);
+    let mux = Setup::new(&up).tls(&authority).start();
+    for way in CUT {
+        let mut client = Client::tls(mux.addr, &authority);
+        client.request("POST", MESSAGES, &[BEARER, ("x-way", way)], b"{}");
+        client.head();
+        let end = loop {
+            match client.wire.some() {
+                Ok(piece) if piece.is_empty() => break Ok(()),
+                Ok(_) => {}
+                Err(e) => break Err(e.kind()),
+            }
+        };
+        assert_eq!(end, Err(io::ErrorKind::UnexpectedEof), "{way}");
+    }
+}
+
+#[test]
+fn an_answer_that_never_begins_is_502() {
+    let up = Upstream::start(fail);
+    let mux = Mux::start(&up);
+    for way in ["closed", "half a head", "garbage", "a bad header"] {
+        let answer = mux.ask("POST", MESSAGES, &[("x-way", way)], b"{}");
+        assert_eq!(answer.status, 502, "{way}");
+        assert_eq!(
+            answer.header("x-should-retry"),
+            None,
+            "{way}: another try may succeed"
+        );
+        answer.error();
+    }
+    assert_eq!(up.requests().len(), 4, "nothing is replayed");
+}
+
+#[test]
+fn an_upstream_that_is_not_there_is_502() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    drop(up);
+    let answer = mux.message();
+    assert_eq!(answer.status, 502);
+    answer.error();
+}
+
+#[test]
+fn a_reset_before_the_head_is_502() {
+    let up = Upstream::at_head(|_, conn| {
+        // Closing a socket whose input was not read sends a reset.
+        conn.wire.socket().peek(&mut [0])?;
+        conn.cut()
+    });
+    let mux = Mux::start(&up);
+    let answer = mux.ask("POST", MESSAGES, &[], &[b'x'; 3000]);
+    assert_eq!(answer.status, 502);
+    answer.error();
+}
+
+#[test]
+fn a_certificate_that_nobody_vouches_for_is_502() {
+    let theirs = Authority::new();
+    let up = Upstream::tls(&theirs, |_, conn| conn.respond(200, &[], b"fine"));
+    assert_eq!(Mux::start(&up).message().status, 502);
+    let setup = Setup::new(&up);
+    let others = setup.write("others.pem", Authority::new().cert_pem);
+    assert_eq!(
+        setup.env("SSL_CERT_FILE", others).start().message().status,
+        502
+    );
+    let setup = Setup::new(&up);
+    let right = setup.write("right.pem", theirs.cert_pem);
+    assert_eq!(
+        setup.env("SSL_CERT_FILE", right).start().message().text(),
+        "fine"
+    );
+}
+
+#[test]
+fn silence_before_the_head_is_504_and_names_its_setting() {
+    let end = Steps::default();
+    let held = end.clone();
+    let up = Upstream::start(move |_, conn| {
+        held.wait(1);
+        conn.cut()
+    });
+    let mux = Setup::new(&up).set("request_timeout", "1s").start();
+    let answer = mux.message();
+    assert_eq!(answer.status, 504);
+    assert!(
+        answer.error().contains("request_timeout"),
+        "{}",
+        answer.text()
+    );
+    end.advance();
+}
+
+#[test]
+fn silence_in_a_body_breaks_it_off() {
+    let end = Steps::default();
+    let held = end.clone();
+    let up = Upstream::start(move |_, conn| {
+        conn.stream(&[])?;
+        conn.chunk("data: 1\n\n")?;
+        held.wait(1);
+        conn.finish()
+    });
+    let mux = Setup::new(&up).set("stream_idle_timeout", "1s").start();
+    let mut client = mux.client();
+    client.request("POST", MESSAGES, &[BEARER], b"{}");
+    client.head();
+    assert_eq!(client.text(), "data: 1\n\n");
+    let error = client.piece().expect_err("an end that is no end");
+    assert_ne!(error.kind(), io::ErrorKind::WouldBlock);
+    mux.wait_log("ended=");
+    end.advance();
+}
+
+/// Sends events until the other side has gone: how many it took.
+fn events_until_gone(conn: &mut Conn) -> io::Result<usize> {
+    let mut socket = conn.wire.socket().try_clone()?;
+    socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+    for n in 1..10 {
+        conn.chunk(format!("data: {n}\n\n"))?;
+        if !matches!(socket.read(&mut [0]), Err(e) if e.kind() == io::ErrorKind::WouldBlock) {
+            return Ok(n);
+        }
+    }
+    Ok(10)
+}
+
+#[test]
+fn a_client_that_goes_away_drops_the_upstream() {
+    let (gone, taken) = (Steps::default(), Steps::default());
+    let (go, told) = (gone.clone(), taken.clone());
+    let up = Upstream::start(move |_, conn| {
+        conn.stream(&[])?;
+        conn.chunk("data: 0\n\n")?;
+        go.wait(1);
+        let count = events_until_gone(conn)?;
+        (0..count).for_each(|_| told.advance());
+        conn.cut()
+    });
+    let mux = Mux::start(&up);
+    let mut client = mux.client();
+    client.request("POST", MESSAGES, &[BEARER], b"{}");
+    client.head();
+    assert_eq!(client.text(), "data: 0\n\n");
+    drop(client);
+    gone.advance();
+    mux.wait_log("ended=");
+    taken.wait(1);
+    assert!(taken.count() <= 2, "noticed after {} writes", taken.count());
+}
+
+#[test]
+fn half_a_close_is_no_departure() {
+    let shown = Steps::default();
+    let held = shown.clone();
+    let up = Upstream::start(move |_, conn| {
+        conn.stream(&[])?;
+        conn.chunk("one")?;
+        held.wait(1);
+        conn.chunk("two")?;
+        conn.finish()
+    });
+    let mux = Mux::start(&up);
+    let mut client = mux.client();
+    client.request("POST", MESSAGES, &[BEARER], b"{}");
+    client.wire.end_sending();
+    client.head();
+    assert_eq!(client.text(), "one");
+    shown.advance();
+    assert_eq!(client.text(), "two");
+    assert_eq!(client.piece().expect("a proper end"), None);
+}
+
+#[test]
+fn upstream_connections_are_kept_and_a_closed_one_is_noticed_before_it_is_used() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let mut client = mux.client();
+    for round in 1..=20 {
+        for _ in 0..3 {
+            let answer = client.request("POST", MESSAGES, &[BEARER], b"{}").answer();
+            assert_eq!(answer.status, 200, "round {round}");
+        }
+        assert_eq!(up.connections(), round);
+        up.close_connections();
+    }
+}
+
+#[test]
+fn after_any_failure_the_next_request_is_served() {
+    let up = Upstream::start(|req, conn| match req.head.get("x-way") {
+        Some(_) => fail(req, conn),
+        None => conn.respond(200, &[], b"fine"),
+    });
+    let mux = Setup::new(&up).set("workers", 1).start();
+    for way in CUT.into_iter().chain(["closed", "half a head", "garbage"]) {
+        let mut client = mux.client();
+        client.request("POST", MESSAGES, &[BEARER, ("x-way", way)], b"{}");
+        client.head();
+        assert_eq!(mux.message().text(), "fine", "after {way}");
+    }
+}

@@ -1,0 +1,227 @@
+//! The command line, the defaults, and every good form of a setting.
+
+mod common;
+use common::*;
+use std::fs;
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Output};
+
+fn run(arguments: &[&str]) -> Output {
+    Command::new(binary())
+        .env_clear()
+        .args(arguments)
+        .output()
+        .expect("run ai-mux")
+}
+
+#[test]
+fn help_and_version_go_to_standard_output() {
+    let help = run(&["--help"]);
+    assert_eq!(help.status.code(), Some(0));
+    let text = String::from_utf8_lossy(&help.stdout);
+    assert!(
+        text.contains("--config") && text.contains("--version"),
+        "{text}"
+    );
+    let version = run(&["--version"]);
+    assert_eq!(version.status.code(), Some(0));
+    let text = String::from_utf8_lossy(&version.stdout);
+    assert_eq!(text.trim(), format!("ai-mux {}", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn a_bad_command_line_is_2() {
+    for arguments in [
+        &["--nonsense"][..],
+        &["--config"],
+        &["serve"],
+        &["-c", "x"],
+        &["--config", "a", "b"],
+        &["--listen", ":8080"],
+        &["--config", "a", "--config", "b"],
+    ] {
+        let run = run(arguments);
+        let said = String::from_utf8_lossy(&run.stderr);
+        assert_eq!(run.status.code(), Some(2), "{arguments:?}: {said}");
+        assert!(!said.is_empty() && run.stdout.is_empty(), "{arguments:?}");
+    }
+}
+
+/// Starts on a file with this name and text, after the fields that each test needs.
+fn start(up: &Upstream, name: &str, text: impl Fn(&Value) -> String) -> Mux {
+    let setup = Setup::new(up);
+    let text = text(&setup.config);
+    let path = setup.write(name, &text);
+    let mut command = Command::new(binary());
+    command
+        .env_clear()
+        .env("HOME", &setup.folder.0)
+        .arg("--config")
+        .arg(path);
+    let mut mux = Mux::spawn(&mut command, text, setup);
+    mux.wait_log("listening on ");
+    mux.addr = mux.addrs()[0];
+    mux
+}
+
+#[test]
+fn json_and_yaml_say_the_same() {
+    let up = Upstream::plain();
+    let json = start(&up, "config.json", |config| config.to_string());
+    assert_eq!(json.message().status, 200);
+    for name in ["config.yaml", "config.yml", "config"] {
+        let yaml = start(&up, name, |config| {
+            format!(
+                "# A comment\n---\n{}",
+                serde_yaml::to_string(config).expect("YAML")
+            )
+        });
+        assert_eq!(yaml.message().status, 200, "{name}");
+    }
+}
+
+#[test]
+fn every_form_of_a_duration() {
+    let up = Upstream::plain();
+    for value in [
+        json!("60s"),
+        json!("10m"),
+        json!("1h30m"),
+        json!("1.5h"),
+        json!("1500ms"),
+        json!(90),
+    ] {
+        let setup = Setup::new(&up).set("request_timeout", value.clone());
+        let setup = setup.set("stream_idle_timeout", value.clone());
+        let mux = setup.set("refresh_check_interval", value).start();
+        assert_eq!(mux.message().status, 200);
+    }
+}
+
+#[test]
+fn a_port_alone_is_every_interface() {
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).set("listen", ":0").start();
+    let port = mux.addr.port();
+    for addr in [
+        SocketAddr::from(([127, 0, 0, 1], port)),
+        SocketAddr::from(([0, 0, 0, 0, 0, 0, 0, 1], port)),
+    ] {
+        let answer = Client::new(addr)
+            .request("POST", MESSAGES, &[BEARER], b"{}")
+            .answer();
+        assert_eq!(answer.status, 200, "{addr}");
+    }
+}
+
+#[test]
+fn a_host_may_be_a_name_or_an_ipv6_address() {
+    let up = Upstream::plain();
+    for (listen, said) in [("localhost:0", "http://"), ("[::1]:0", "http://[::1]:")] {
+        let mux = Setup::new(&up).set("listen", listen).start();
+        assert!(
+            mux.log().contains(&format!("listening on {said}")),
+            "{}",
+            mux.log()
+        );
+        assert_eq!(mux.message().status, 200, "{listen}");
+    }
+}
+
+#[test]
+fn a_port_that_is_taken_is_1() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let (code, said) = Setup::new(&up)
+        .set("listen", mux.addr.to_string())
+        .refused();
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains(&mux.addr.to_string()), "{said}");
+}
+
+#[test]
+fn one_process_for_each_state_dir() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let state = mux.state().to_str().expect("text").to_owned();
+    let (code, said) = Setup::new(&up).set("state_dir", state.as_str()).refused();
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains(&state), "{said}");
+    assert_eq!(mux.message().status, 200);
+}
+
+#[test]
+fn a_killed_process_leaves_its_state_dir_free() {
+    let up = Upstream::plain();
+    let mut mux = Mux::start(&up);
+    mux.signal(Signal::KILL);
+    assert_eq!(mux.wait_exit(), -9);
+    let state = mux.state().to_str().expect("text").to_owned();
+    let again = Setup::new(&up).set("state_dir", state).start();
+    assert_eq!(again.message().status, 200);
+}
+
+#[test]
+fn the_state_dir_is_made_and_is_private() {
+    let up = Upstream::plain();
+    let setup = Setup::bare(&up).set("state_dir", "~/deep/er/state");
+    let mux = setup.start();
+    let path = mux.folder.0.join("deep/er/state");
+    let mode = fs::metadata(&path).expect("a folder").permissions().mode();
+    assert_eq!(mode & 0o777, 0o700);
+    login::save(&path, "claude", &up.login("claude", 3600).claude());
+    assert_eq!(mux.message().status, 200);
+}
+
+#[test]
+fn by_default_it_lives_in_the_home_folder() {
+    let up = Upstream::plain();
+    let setup = Setup::bare(&up).set("state_dir", Value::Null);
+    let home = setup.folder.0.join(".ai-mux");
+    login::save(&home, "chatgpt", &up.login("chatgpt", 3600).codex());
+    let mux = setup.start();
+    assert_eq!(mux.ask("POST", RESPONSES, &[], b"{}").status, 200);
+}
+
+/// With no list, every provider whose file exists; the others have no route.
+#[test]
+fn without_providers_it_finds_the_logins_itself() {
+    let up = Upstream::plain();
+    for list in [Value::Null, json!([])] {
+        let setup = Setup::bare(&up).set("providers", list);
+        let mux = setup
+            .save("chatgpt", &up.login("chatgpt", 3600).flat())
+            .start();
+        let health = mux.client().request("GET", "/healthz", &[], b"").answer();
+        assert!(
+            health.text().contains("chatgpt") && !health.text().contains("claude"),
+            "{}",
+            health.text()
+        );
+        assert_eq!(mux.message().status, 404);
+    }
+}
+
+#[test]
+fn few_descriptors_lower_the_workers_with_a_warning() {
+    let up = Upstream::plain();
+    let setup = Setup::new(&up).set("workers", 500);
+    let text = serde_yaml::to_string(&setup.config).expect("YAML");
+    let path = setup.write("config.yaml", &text);
+    let mut command = Command::new("sh");
+    command.env_clear().env("HOME", &setup.folder.0);
+    let line = format!(
+        "ulimit -n 256 && exec {} --config {path}",
+        binary().display()
+    );
+    let mut mux = Mux::spawn(command.args(["-c", &line]), text, setup);
+    mux.wait_log("listening on ");
+    mux.addr = mux.addrs()[0];
+    let warnings = mux.log_lines("WARN");
+    assert!(
+        warnings.iter().any(|line| line.contains("workers")),
+        "{warnings:?}"
+    );
+    assert_eq!(mux.message().status, 200);
+}

@@ -1,0 +1,104 @@
+//! Asked to stop, it finishes what runs, refuses what is new, and ends with 0.
+
+mod common;
+use common::*;
+use std::net::TcpStream;
+
+/// A stream that waits for `go` between its two events, and the client that reads it.
+fn running(up: &Upstream, setup: Setup) -> (Mux, Client) {
+    let mux = setup.start();
+    let mut client = mux.client();
+    client.request("POST", MESSAGES, &[BEARER], b"{}");
+    client.head();
+    assert_eq!(client.text(), "one");
+    up.wait(1, |_| true);
+    (mux, client)
+}
+
+fn two_events() -> (Upstream, Steps) {
+    let go = Steps::default();
+    let held = go.clone();
+    let up = Upstream::start(move |_, conn| {
+        conn.stream(&[])?;
+        conn.chunk("one")?;
+        held.wait(1);
+        conn.chunk("two")?;
+        conn.finish()
+    });
+    (up, go)
+}
+
+#[test]
+fn a_running_stream_is_finished_and_idle_connections_are_closed() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let (up, go) = two_events();
+        let (mut mux, mut client) = running(&up, Setup::new(&up));
+        let mut idle = mux.client();
+        assert_eq!(
+            idle.request("GET", "/healthz", &[], b"").answer().status,
+            200
+        );
+        let mut silent = mux.client();
+        mux.signal(signal);
+        assert!(idle.closed() && silent.closed());
+        assert!(TcpStream::connect(mux.addr).is_err(), "it still accepts");
+        go.advance();
+        assert_eq!(client.text(), "two");
+        assert_eq!(client.piece().expect("a proper end"), None);
+        assert_eq!(mux.wait_exit(), 0);
+    }
+}
+
+#[test]
+fn a_stream_that_takes_too_long_is_broken_off() {
+    let (up, go) = two_events();
+    let (mut mux, mut client) = running(&up, Setup::new(&up));
+    mux.signal(Signal::TERM);
+    assert_eq!(mux.wait_exit(), 0);
+    assert!(client.piece().is_err(), "an end that is no end");
+    go.advance();
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let (up, go) = two_events();
+    let (mut mux, mut client) = running(&up, Setup::new(&up));
+    let mut idle = mux.client();
+    mux.signal(Signal::TERM);
+    assert!(idle.closed(), "the first signal was heard");
+    mux.signal(Signal::TERM);
+    assert_ne!(mux.wait_exit(), 0);
+    assert!(client.piece().is_err());
+    go.advance();
+}
+
+#[test]
+fn a_refresh_is_waited_for_until_it_is_saved() {
+    let up = Upstream::plain();
+    let go = Steps::default();
+    let held = go.clone();
+    up.on_refresh(move |_, _| {
+        held.wait(1);
+        Ok(false)
+    });
+    let old = up.login("claude", 300);
+    let mut mux = Setup::new(&up).save("claude", &old.claude()).start();
+    up.wait(1, Request::is_refresh);
+    let mut idle = mux.client();
+    mux.signal(Signal::TERM);
+    assert!(idle.closed(), "the signal was heard");
+    go.advance();
+    assert_eq!(mux.wait_exit(), 0);
+    let file = login::read(&mux.state(), "claude");
+    assert_ne!(file["claudeAiOauth"]["refreshToken"], json!(old.refresh));
+    assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+}
+
+#[test]
+fn with_nothing_to_do_it_ends_at_once() {
+    let up = Upstream::plain();
+    let mut mux = Mux::start(&up);
+    assert_eq!(mux.message().status, 200);
+    assert_eq!(mux.stop(), 0);
+    assert_eq!(mux.log_lines("ERROR").len(), 0);
+}

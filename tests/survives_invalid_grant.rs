@@ -1,0 +1,203 @@
+//! A refresh that fails for good takes its provider down until a new login; one that fails for now is tried
+//! again, and meanwhile the old token serves as long as it lasts.
+
+mod common;
+use common::*;
+use std::thread;
+use std::time::Duration;
+
+const WORDS: &str = "kZ4mVq8RtYw2";
+
+fn refuse(up: &Upstream, status: u16, body: Value) {
+    up.secret(WORDS);
+    up.on_refresh(move |_, conn| conn.json(status, &body).map(|()| true));
+}
+
+fn target(provider: &str) -> &str {
+    if provider == "claude" {
+        MESSAGES
+    } else {
+        RESPONSES
+    }
+}
+
+#[test]
+fn a_login_that_is_over_is_told_once_and_asked_for_no_more() {
+    let terminal = |code: &str| json!({"error": {"code": code, "message": WORDS}});
+    let cases = [
+        (
+            "claude",
+            400,
+            json!({"error": "invalid_grant", "error_description": WORDS}),
+        ),
+        ("claude", 401, json!({"error": "unauthorized"})),
+        ("claude", 403, json!({})),
+        (
+            "claude",
+            404,
+            json!({"type": "error", "error": {"type": "not_found_error", "message": WORDS}}),
+        ),
+        ("chatgpt", 401, terminal("refresh_token_expired")),
+        ("chatgpt", 401, terminal("refresh_token_reused")),
+        ("chatgpt", 401, terminal("refresh_token_invalidated")),
+        ("chatgpt", 400, terminal("refresh_token_reused")),
+    ];
+    at_once(cases, |(provider, status, body)| {
+        let case = format!("{provider} {status} {body}");
+        let up = Upstream::plain();
+        refuse(&up, status, body);
+        let over = up.login(provider, -10);
+        let setup = Setup::new(&up).set("refresh_check_interval", "1s");
+        let mux = setup.save(provider, &over.file(provider)).start();
+        for _ in 0..5 {
+            let answer = mux.ask("POST", target(provider), &[], b"{}");
+            assert_eq!(answer.status, 503, "{case}");
+            assert_eq!(answer.header("x-should-retry"), Some("false"), "{case}");
+            let tool = if provider == "claude" {
+                "claude"
+            } else {
+                "codex"
+            };
+            assert!(answer.error().contains(tool), "{case}: {}", answer.text());
+        }
+        let other = if provider == "claude" {
+            "chatgpt"
+        } else {
+            "claude"
+        };
+        assert_eq!(
+            mux.ask("POST", target(other), &[], b"{}").status,
+            200,
+            "{case}"
+        );
+        thread::sleep(Duration::from_millis(1500));
+        assert_eq!(up.refreshes().len(), 1, "{case}");
+        let errors = mux.log_lines("ERROR");
+        assert_eq!(errors.len(), 1, "{case}: {errors:?}");
+        assert!(
+            errors[0].contains("refresh") && errors[0].contains(provider),
+            "{case}: {errors:?}"
+        );
+
+        let new = up.login(provider, 3600);
+        login::save(&mux.state(), provider, &new.file(provider));
+        assert_eq!(
+            mux.ask("POST", target(provider), &[], b"{}").status,
+            200,
+            "{case}"
+        );
+        assert_eq!(up.refreshes().len(), 1, "{case}");
+    });
+}
+
+/// Another tool has spent the refresh token, and its new one is on disk already: nobody who waits notices.
+#[test]
+fn a_newer_file_is_taken_instead_of_giving_up() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let (state, newer) = (mux.state(), up.login("claude", 3600));
+    let file = newer.claude();
+    up.on_refresh(move |_, conn| {
+        login::save(&state, "claude", &file);
+        conn.json(400, &json!({"error": "invalid_grant"}))
+            .map(|()| true)
+    });
+    login::save(&mux.state(), "claude", &up.login("claude", -10).claude());
+    assert_eq!(mux.message().status, 200);
+    assert_eq!(up.requests()[0].bearer(), newer.access);
+    assert_eq!(up.refreshes().len(), 1);
+    assert_eq!(mux.log_lines("ERROR").len(), 0, "{}", mux.log());
+}
+
+#[test]
+fn a_spent_refresh_token_is_never_sent_twice() {
+    let up = Upstream::plain();
+    let over = up.login("claude", -10);
+    up.end_login(&over.refresh);
+    let mux = Setup::new(&up).save("claude", &over.claude()).start();
+    for _ in 0..3 {
+        assert_eq!(mux.message().status, 503);
+    }
+    assert_eq!(up.reused(), 1);
+}
+
+#[test]
+fn trouble_that_may_pass_is_waited_out() {
+    let cases = [
+        ("claude", 500),
+        ("claude", 503),
+        ("claude", 429),
+        ("claude", 408),
+        ("chatgpt", 500),
+        ("chatgpt", 403),
+        ("chatgpt", 429),
+        ("claude", 0),
+        ("chatgpt", 0),
+    ];
+    at_once(cases, |(provider, way)| {
+        let case = format!("{provider} {way}");
+        let up = Upstream::plain();
+        up.on_refresh(move |_, conn| match way {
+            0 => conn.cut().map(|()| true),
+            status => conn
+                .respond(status, &[("content-type", "text/html")], b"<html>")
+                .map(|()| true),
+        });
+        let mux = Setup::new(&up)
+            .save(provider, &up.login(provider, -10).file(provider))
+            .start();
+        for _ in 0..5 {
+            let answer = mux.ask("POST", target(provider), &[], b"{}");
+            assert_eq!(answer.status, 503, "{case}");
+            let wait = answer.header("retry-after").and_then(|s| s.parse().ok());
+            assert!(
+                wait.is_some_and(|s: u64| (1..=6).contains(&s)),
+                "{case}: {wait:?}"
+            );
+            assert_eq!(answer.header("x-should-retry"), None, "{case}");
+            answer.error();
+        }
+        assert_eq!(up.refreshes().len(), 1, "{case}: the wait is obeyed");
+        up.refresh_again();
+        // As the answer says: try again when the wait is over.
+        let tries = (0..60).find(|_| {
+            thread::sleep(Duration::from_millis(250));
+            mux.ask("POST", target(provider), &[], b"{}").status == 200
+        });
+        assert!(tries.is_some(), "{case}: it never came back");
+        assert_eq!(up.refreshes().len(), 2, "{case}");
+    });
+}
+
+#[test]
+fn the_vendors_own_retry_after_is_honoured() {
+    let up = Upstream::plain();
+    up.on_refresh(|_, conn| {
+        conn.respond(429, &[("retry-after", "120")], b"{}")
+            .map(|()| true)
+    });
+    let mux = Setup::new(&up)
+        .save("claude", &up.login("claude", -10).claude())
+        .start();
+    let answer = mux.message();
+    assert_eq!(answer.status, 503);
+    let wait = answer
+        .header("retry-after")
+        .and_then(|s| s.parse::<u64>().ok());
+    assert!(wait.is_some_and(|s| (90..=121).contains(&s)), "{wait:?}");
+}
+
+#[test]
+fn the_old_token_serves_while_refreshing_fails() {
+    let up = Upstream::plain();
+    refuse(&up, 500, json!({"error": WORDS}));
+    let ageing = up.login("claude", 300);
+    let mux = Setup::new(&up).save("claude", &ageing.claude()).start();
+    up.wait(1, Request::is_refresh);
+    mux.wait_log("refresh");
+    for _ in 0..5 {
+        assert_eq!(mux.message().status, 200);
+    }
+    assert!(up.requests().iter().all(|r| r.bearer() == ageing.access));
+    assert_eq!(up.refreshes().len(), 1);
+}

@@ -1,0 +1,207 @@
+//! What goes upstream goes through the proxy, refreshes too; what stays on this machine does not.
+
+mod common;
+use common::*;
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+/// A proxy that records what it was asked for and tunnels everything to one place.
+struct Proxy {
+    addr: SocketAddr,
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+impl Proxy {
+    fn start(to: SocketAddr) -> Proxy {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
+        let addr = listener.local_addr().expect("an address");
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let all = asked.clone();
+        thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                let all = all.clone();
+                thread::spawn(move || tunnel(client, to, &all));
+            }
+        });
+        Proxy { addr, asked }
+    }
+
+    fn asked(&self) -> Vec<String> {
+        lock(&self.asked).clone()
+    }
+}
+
+fn tunnel(mut client: TcpStream, to: SocketAddr, asked: &Mutex<Vec<String>>) -> io::Result<()> {
+    let mut first = [0];
+    client.peek(&mut first)?;
+    let target = if first[0] == 5 {
+        socks(&mut client)?
+    } else {
+        connect(&client)?
+    };
+    lock(asked).push(target);
+    let (mut up, mut down) = (TcpStream::connect(to)?, client.try_clone()?);
+    let mut back = up.try_clone()?;
+    thread::spawn(move || io::copy(&mut back, &mut down));
+    io::copy(&mut client, &mut up).map(|_| ())
+}
+
+fn connect(client: &TcpStream) -> io::Result<String> {
+    let mut wire = Wire::plain(client.try_clone()?);
+    let head = wire.head()?.expect("a head");
+    let key = head
+        .get("proxy-authorization")
+        .map(|value| format!(" {value}"));
+    wire.send(b"HTTP/1.1 200 Connected\r\n\r\n")?;
+    Ok(format!(
+        "{} {}{}",
+        head.word(0),
+        head.word(1),
+        key.unwrap_or_default()
+    ))
+}
+
+fn socks(client: &mut TcpStream) -> io::Result<String> {
+    let mut read = |n: usize| {
+        let mut bytes = vec![0; n];
+        client.read_exact(&mut bytes).map(|()| bytes)
+    };
+    let methods = read(2)?[1];
+    read(usize::from(methods))?;
+    client.write_all(&[5, 0])?;
+    let mut read = |n: usize| {
+        let mut bytes = vec![0; n];
+        client.read_exact(&mut bytes).map(|()| bytes)
+    };
+    let name = match read(4)?[3] {
+        1 => Ipv4Addr::from(<[u8; 4]>::try_from(read(4)?).expect("four bytes")).to_string(),
+        _ => {
+            let size = usize::from(read(1)?[0]);
+            String::from_utf8_lossy(&read(size)?).into_owned()
+        }
+    };
+    let port = u16::from_be_bytes(read(2)?.try_into().expect("two bytes"));
+    client.write_all(&[5, 0, 0, 1, 0, 0, 0, 0, 0, 0])?;
+    Ok(format!("SOCKS {name}:{port}"))
+}
+
+/// Claude lives at a name that only the proxy knows; ChatGPT on this machine.
+fn far_away(host: &str) -> (Upstream, Upstream, Proxy, Setup) {
+    let authority = Authority::new();
+    let far = Upstream::tls(&authority, |_, conn| conn.respond(200, &[], b"far"));
+    let near = Upstream::start(|_, conn| conn.respond(200, &[], b"near"));
+    let proxy = Proxy::start(far.addr);
+    let setup = Setup::new(&near).save("claude", &far.login("claude", -10).claude());
+    let roots = setup.write("roots.pem", authority.cert_pem);
+    let setup = setup
+        .env("SSL_CERT_FILE", roots)
+        .provider(0, "base_url", format!("https://{host}/anthropic"))
+        .provider(0, "token_url", format!("https://{host}/claude/token"));
+    (far, near, proxy, setup)
+}
+
+fn assert_proxied(far: &Upstream, proxy: &Proxy, mux: &Mux, asked: &str) {
+    assert_eq!(mux.message().text(), "far");
+    assert_eq!(mux.ask("POST", RESPONSES, &[], b"{}").text(), "near");
+    assert_eq!(far.refreshes().len(), 1);
+    assert!(
+        proxy.asked().len() <= 2 && proxy.asked().iter().all(|target| target == asked),
+        "{:?}",
+        proxy.asked()
+    );
+    let request = far.requests().pop().expect("a request");
+    let host = asked.split([' ', ':']).nth(1);
+    assert_eq!(request.head.get("host"), host);
+    assert_eq!(request.head.get("proxy-authorization"), None);
+}
+
+#[test]
+fn an_http_proxy() {
+    let (far, _near, proxy, setup) = far_away("upstream.test");
+    let mux = setup.set("proxy", format!("http://{}", proxy.addr)).start();
+    assert_proxied(&far, &proxy, &mux, "CONNECT upstream.test:443");
+}
+
+#[test]
+fn an_http_proxy_with_a_password() {
+    let (far, near, proxy, setup) = far_away("upstream.test");
+    near.secret("Tz6wQn3LkP");
+    near.secret("dTpUejZ3UW4zTGtQ");
+    let mux = setup
+        .set("proxy", format!("http://u:Tz6wQn3LkP@{}", proxy.addr))
+        .set("log_level", "debug")
+        .start();
+    assert_proxied(
+        &far,
+        &proxy,
+        &mux,
+        "CONNECT upstream.test:443 Basic dTpUejZ3UW4zTGtQ",
+    );
+}
+
+#[test]
+fn a_socks_proxy_that_is_given_names() {
+    let (far, _near, proxy, setup) = far_away("upstream.test");
+    let mux = setup
+        .set("proxy", format!("socks5h://{}", proxy.addr))
+        .start();
+    assert_proxied(&far, &proxy, &mux, "SOCKS upstream.test:443");
+}
+
+#[test]
+fn a_socks_proxy_that_is_given_addresses() {
+    let (far, _near, proxy, setup) = far_away("192.0.2.1");
+    let mux = setup
+        .set("proxy", format!("socks5://{}", proxy.addr))
+        .start();
+    assert_proxied(&far, &proxy, &mux, "SOCKS 192.0.2.1:443");
+}
+
+#[test]
+fn a_proxy_of_the_environment() {
+    for name in ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"] {
+        let (far, _near, proxy, setup) = far_away("upstream.test");
+        let mux = setup.env(name, format!("http://{}", proxy.addr)).start();
+        assert_proxied(&far, &proxy, &mux, "CONNECT upstream.test:443");
+    }
+}
+
+#[test]
+fn the_configuration_wins_over_the_environment() {
+    let (far, _near, proxy, setup) = far_away("upstream.test");
+    let other = Proxy::start(far.addr);
+    let setup = setup
+        .env("HTTPS_PROXY", format!("http://{}", other.addr))
+        .env("NO_PROXY", "upstream.test");
+    let mux = setup.set("proxy", format!("http://{}", proxy.addr)).start();
+    assert_proxied(&far, &proxy, &mux, "CONNECT upstream.test:443");
+    assert_eq!(other.asked().len(), 0);
+}
+
+#[test]
+fn no_proxy_is_obeyed() {
+    let (_far, _near, proxy, setup) = far_away("upstream.test");
+    let setup = setup.env("HTTPS_PROXY", format!("http://{}", proxy.addr));
+    let mux = setup.env("NO_PROXY", "other.test,upstream.test").start();
+    // Without its proxy the name means nothing.
+    assert_eq!(mux.message().status, 503);
+    assert_eq!(proxy.asked().len(), 0);
+}
+
+#[test]
+fn a_proxy_that_is_not_there_is_502() {
+    let up = Upstream::plain();
+    let gone = TcpListener::bind("127.0.0.1:0")
+        .and_then(|l| l.local_addr())
+        .expect("a free port");
+    let mux = Setup::new(&up)
+        .provider(0, "base_url", "https://upstream.test")
+        .set("proxy", format!("http://{gone}"))
+        .start();
+    let answer = mux.message();
+    assert_eq!(answer.status, 502);
+    answer.error();
+    assert_eq!(mux.ask("POST", RESPONSES, &[], b"{}").status, 200);
+}
