@@ -693,10 +693,8 @@ impl Head {
             "expect" => self.expect |= value.eq_ignore_ascii_case("100-continue"),
             "upgrade" => self.websocket |= items.any(|i| i.eq_ignore_ascii_case("websocket")),
             "host" if self.host || !value.bytes().all(hostly) => return Err("Host is not a host"),
-            lower => {
-                self.host |= lower == "host";
-                self.fields.push((name.to_owned(), value.to_owned()));
-            }
+            "host" => self.host = true, // upstream gets one of its own
+            _ => self.fields.push((name.to_owned(), value.to_owned())),
         }
         Ok(())
     }

@@ -206,6 +206,26 @@ fn a_file_that_changes_during_a_refresh_wins() {
     assert_eq!(login::read(&mux.state(), "claude").to_string(), text);
 }
 
+/// What wins is a login like any other: if it has expired, it is refreshed in its turn.
+#[test]
+fn an_expired_file_that_wins_is_refreshed() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let (state, winner) = (mux.state(), up.login("claude", -10));
+    let (theirs, spent) = (winner.claude(), winner.refresh.clone());
+    up.on_refresh(move |req, _| {
+        let second = String::from_utf8_lossy(&req.body).contains(&spent);
+        if !second {
+            login::save(&state, "claude", &theirs);
+        }
+        Ok(false)
+    });
+    login::save(&mux.state(), "claude", &up.login("claude", -10).claude());
+    let _ = mux.message();
+    assert_ne!(used(&up, &mux), winner.access);
+    assert_eq!((up.refreshes().len(), up.reused()), (2, 0));
+}
+
 #[test]
 fn a_log_out_during_a_refresh_wins() {
     let up = Upstream::plain();

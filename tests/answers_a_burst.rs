@@ -2,30 +2,31 @@
 
 mod common;
 use common::*;
-use std::sync::{Arc, Barrier};
 use std::thread;
 
 #[test]
 fn sixty_four_clients_connect_in_the_same_instant_and_keep_their_connections() {
     let up = Upstream::plain();
     let mux = Mux::start(&up);
-    let start = Arc::new(Barrier::new(64));
+    let (ready, answered) = (Steps::default(), Steps::default());
     let addr = mux.addr;
-    let threads: Vec<_> = (0..64)
-        .map(|_| {
-            let start = start.clone();
-            thread::spawn(move || {
-                start.wait();
-                let mut client = Client::new(addr);
-                // Nobody leaves before everybody was answered: 64 connections are open throughout.
-                for _ in 0..3 {
-                    let answer = client.request("POST", MESSAGES, &[BEARER], b"{}").answer();
-                    assert_eq!(answer.text(), "fine");
-                    start.wait();
-                }
-            })
-        })
-        .collect();
+    let one = move |ready: Steps, answered: Steps| {
+        ready.advance();
+        ready.wait(64);
+        let mut client = Client::new(addr);
+        // Nobody leaves before everybody was answered: 64 connections are open throughout.
+        for round in 1..=3 {
+            let answer = client.request("POST", MESSAGES, &[BEARER], b"{}").answer();
+            assert_eq!(answer.text(), "fine");
+            answered.advance();
+            answered.wait(round * 64);
+        }
+    };
+    let start = |_| {
+        let (ready, answered) = (ready.clone(), answered.clone());
+        thread::spawn(move || one(ready, answered))
+    };
+    let threads: Vec<_> = (0..64).map(start).collect();
     for thread in threads {
         thread.join().expect("a client that was answered");
     }

@@ -218,8 +218,11 @@ fn one_line_for_each_request() {
 #[test]
 fn a_clients_text_cannot_break_a_line() {
     let up = Upstream::start(|_, conn| {
-        conn.wire.send(
-            b"HTTP/1.1 500 X\r\nrequest-id: a\" status=1 b\x1b[2J\tc\r\ncontent-length: 0\r\n\r\n",
+        let id = "a\" status=1 b\tc";
+        conn.respond(
+            500,
+            &[("request-id", id), ("x-name", "caf\u{e9} \u{202e}")],
+            b"",
         )
     });
     let mux = Setup::new(&up).set("log_level", "debug").start();

@@ -4,30 +4,21 @@
 mod common;
 use common::*;
 use std::fs;
-use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 
-/// Runs it on this text as its configuration; it must end by itself.
-fn run(folder: &Path, name: &str, text: &str) -> (i32, String) {
-    let path = folder.join(name);
-    fs::write(&path, text).expect("write the configuration");
+/// Runs it on this text as its configuration: its exit code and what it said.
+fn run(name: &str, text: &str) -> (i32, String) {
+    let up = Upstream::plain();
+    let setup = Setup::bare(&up);
+    let path = setup.write(name, text);
     let mut command = Command::new(binary());
-    let Output {
-        status,
-        stderr,
-        stdout,
-    } = command
+    command
         .env_clear()
-        .env("HOME", folder)
+        .env("HOME", &setup.folder.0)
         .arg("--config")
-        .arg(&path)
-        .output()
-        .expect("run ai-mux");
-    assert!(stdout.is_empty());
-    (
-        status.code().unwrap_or(-1),
-        String::from_utf8_lossy(&stderr).into_owned(),
-    )
+        .arg(path);
+    let mut mux = Mux::spawn(&mut command, text.to_owned(), setup);
+    (mux.wait_exit(), mux.whole_log())
 }
 
 /// Each configuration, and what the line must say beside the file's name.
@@ -177,9 +168,8 @@ const TABLE: &[(&str, &[&str])] = &[
 
 #[test]
 fn each_fault_is_one_clear_line() {
-    let folder = Folder::new();
     for (text, words) in TABLE {
-        let (code, said) = run(&folder.0, "wrong.yaml", text);
+        let (code, said) = run("wrong.yaml", text);
         assert_eq!(code, 2, "{text}: {said}");
         assert_eq!(said.trim_end().lines().count(), 1, "{text}: {said}");
         assert!(said.contains("wrong.yaml"), "{text}: {said}");
@@ -213,7 +203,7 @@ fn what_was_found_in_a_secret_field_is_not_shown() {
         "proxy: 'http://user:Pw5xKt@:no'".to_owned(),
         "providers: [{name: claude, base_url: 'http://user:Pw5xKt@example.org'}]".to_owned(),
     ] {
-        let (code, said) = run(&folder.0, "wrong.yaml", &text);
+        let (code, said) = run("wrong.yaml", &text);
         assert_eq!(code, 2, "{text}: {said}");
         for secret in ["Pw5xKt", "Rb8zHn", "Vc3mXd", "666777"] {
             assert!(!said.contains(secret), "{text}: {said}");
@@ -223,7 +213,6 @@ fn what_was_found_in_a_secret_field_is_not_shown() {
 
 #[test]
 fn headers_of_authentication_account_framing_and_the_hop_cannot_be_configured() {
-    let folder = Folder::new();
     for name in [
         "Authorization",
         "x-api-key",
@@ -242,7 +231,7 @@ fn headers_of_authentication_account_framing_and_the_hop_cannot_be_configured() 
         "Proxy-Connection",
     ] {
         let text = format!("providers: [{{name: chatgpt, headers: {{{name}: x}}}}]");
-        let (code, said) = run(&folder.0, "wrong.yaml", &text);
+        let (code, said) = run("wrong.yaml", &text);
         assert_eq!(code, 2, "{name}: {said}");
         assert!(
             said.contains("headers") && said.contains(name),
@@ -253,7 +242,6 @@ fn headers_of_authentication_account_framing_and_the_hop_cannot_be_configured() 
 
 #[test]
 fn a_json_file_is_held_to_the_same_rules() {
-    let folder = Folder::new();
     for (text, word) in [
         ("{\"workers\": 0}", "workers"),
         ("{\"worker\": 1}", "worker"),
@@ -264,7 +252,7 @@ fn a_json_file_is_held_to_the_same_rules() {
             "token",
         ),
     ] {
-        let (code, said) = run(&folder.0, "wrong.json", text);
+        let (code, said) = run("wrong.json", text);
         assert_eq!(code, 2, "{text}: {said}");
         assert!(
             said.contains("wrong.json") && said.contains(word),

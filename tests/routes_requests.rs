@@ -133,64 +133,6 @@ fn a_target_that_is_no_path_is_400() {
     assert_eq!(up.requests().len(), 0);
 }
 
-/// What two readers could read in two ways is not passed on but refused.
-#[test]
-fn a_malformed_or_ambiguous_head_is_400_and_a_huge_one_431() {
-    let up = echo();
-    let mux = Mux::start(&up);
-    let start = format!("POST {MESSAGES} HTTP/1.1\r\nx-api-key: {TOKEN}\r\n");
-    let head = |rest: &str| format!("{start}host: x\r\n{rest}\r\n\r\n");
-    for (status, text) in [
-        (400, format!("{start}\r\n")),
-        (400, head("host: y")),
-        (400, head("content-length: 2\r\ncontent-length: 2")),
-        (400, head("content-length: 2, 2")),
-        (400, head("content-length: -1")),
-        (400, head("content-length: +1")),
-        (400, head("content-length: 0x1")),
-        (400, head("content-length:")),
-        (400, head("content-length: 2\r\ntransfer-encoding: chunked")),
-        (400, head("transfer-encoding: gzip, chunked")),
-        (400, head("transfer-encoding: identity")),
-        (
-            400,
-            head("transfer-encoding: chunked\r\ntransfer-encoding: chunked"),
-        ),
-        (400, head("x-a: b\r\n folded")),
-        (400, head("x-a : b")),
-        (400, head("x-a")),
-        (400, head(": b")),
-        (400, head("x-a: \0")),
-        (400, head("x-a: b\rc")),
-        (400, head("x-a: b\nx-c: d")),
-        (400, head("").replace("\r\n", "\n")),
-        (400, head("").replace("HTTP/1.1", "HTTP/2.0")),
-        (400, head("").replace("HTTP/1.1", "http/1.1")),
-        (400, head("").replace(" HTTP/1.1", "")),
-        (400, head("").replace("POST ", "POST  ")),
-        (400, head("").replace("POST ", "PO(ST ")),
-        (431, head(&format!("x-a: {}", "a".repeat(100_000)))),
-        (
-            431,
-            head(
-                &(0..5000)
-                    .map(|n| format!("x-{n}: {n}\r\n"))
-                    .collect::<String>(),
-            ),
-        ),
-        (431, head("").replace("messages", &"m".repeat(100_000))),
-    ] {
-        let mut client = mux.client();
-        // It may be refused, and the connection closed, before all of it was sent.
-        let _ = client.wire.send(text.as_bytes());
-        let answer = client.answer();
-        let beginning = &text[..text.len().min(200)];
-        assert_eq!(answer.status, status, "{beginning:?}");
-        assert!(!answer.error().is_empty());
-    }
-    assert_eq!(up.requests().len(), 0);
-}
-
 #[test]
 fn a_provider_that_is_not_configured_has_no_route() {
     let up = echo();

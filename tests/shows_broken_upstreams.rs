@@ -121,12 +121,12 @@ fn an_upstream_that_is_not_there_is_502() {
 #[test]
 fn a_reset_before_the_head_is_502() {
     let up = Upstream::at_head(|_, conn| {
-        // Closing a socket whose input was not read sends a reset.
+        // Closing a socket whose input was not read sends a reset; the head's reader left most of it.
         conn.wire.socket().peek(&mut [0])?;
         conn.cut()
     });
     let mux = Mux::start(&up);
-    let answer = mux.ask("POST", MESSAGES, &[], &[b'x'; 3000]);
+    let answer = mux.ask("POST", MESSAGES, &[], &[b'x'; 500_000]);
     assert_eq!(answer.status, 502);
     answer.error();
 }
@@ -277,4 +277,16 @@ fn after_any_failure_the_next_request_is_served() {
         client.head();
         assert_eq!(mux.message().text(), "fine", "after {way}");
     }
+}
+
+/// `stream_idle_timeout` is for bodies; the head has all of `request_timeout`.
+#[test]
+fn a_slow_head_is_not_cut_by_a_short_stream_idle_timeout() {
+    let up = Upstream::start(move |_, conn| {
+        std::thread::sleep(std::time::Duration::from_millis(1200));
+        conn.json(200, &json!({}))
+    });
+    let setup = Setup::new(&up).set("stream_idle_timeout", "400ms");
+    let mux = setup.set("request_timeout", "30s").start();
+    assert_eq!(mux.message().status, 200);
 }

@@ -207,17 +207,7 @@ fn without_providers_it_finds_the_logins_itself() {
 fn few_descriptors_lower_the_workers_with_a_warning() {
     let up = Upstream::plain();
     let setup = Setup::new(&up).set("workers", 500);
-    let text = serde_yaml::to_string(&setup.config).expect("YAML");
-    let path = setup.write("config.yaml", &text);
-    let mut command = Command::new("sh");
-    command.env_clear().env("HOME", &setup.folder.0);
-    let line = format!(
-        "ulimit -n 256 && exec {} --config {path}",
-        binary().display()
-    );
-    let mut mux = Mux::spawn(command.args(["-c", &line]), text, setup);
-    mux.wait_log("listening on ");
-    mux.addr = mux.addrs()[0];
+    let mux = setup.shell("ulimit -n 256 && exec \"$@\"").start();
     let warnings = mux.log_lines("WARN");
     assert!(
         warnings.iter().any(|line| line.contains("workers")),

@@ -3,6 +3,7 @@
 #![allow(dead_code, unused_imports)] // No test uses all of it.
 
 pub mod client;
+pub mod footprint;
 pub mod http;
 pub mod login;
 pub mod mux;
@@ -12,6 +13,7 @@ pub mod upstream;
 pub mod vendor;
 
 pub use client::{Answer, Client};
+pub use footprint::{Footprint, need_descriptors};
 pub use http::{Head, PATIENCE, Wire};
 pub use login::{Login, noise, now};
 pub use mux::Mux;

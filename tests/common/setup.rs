@@ -18,6 +18,7 @@ pub struct Setup {
     pub upstream: Arc<Shared>,
     envs: Vec<(String, String)>,
     unprivileged: bool,
+    shell: Option<String>,
 }
 
 impl Setup {
@@ -39,6 +40,7 @@ impl Setup {
             upstream: upstream.shared.clone(),
             envs: Vec::new(),
             unprivileged: false,
+            shell: None,
         }
     }
 
@@ -106,6 +108,12 @@ impl Setup {
         self
     }
 
+    /// Has a shell start it, by a script that ends in `exec "$@"`: for limits and redirections.
+    pub fn shell(mut self, script: &str) -> Setup {
+        self.shell = Some(script.to_owned());
+        self
+    }
+
     fn command(&self) -> Command {
         let root = fs::metadata(&self.folder.0).expect("a folder").uid() == 0;
         let mut command = if self.unprivileged && root {
@@ -115,6 +123,10 @@ impl Setup {
             hand_over(&self.folder.0).expect("hand the folder over");
             let mut command = Command::new(copy);
             command.uid(NOBODY).gid(NOBODY);
+            command
+        } else if let Some(script) = &self.shell {
+            let mut command = Command::new("/bin/sh");
+            command.args(["-c", script, "sh"]).arg(binary());
             command
         } else {
             Command::new(binary())

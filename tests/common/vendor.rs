@@ -58,6 +58,13 @@ impl Upstream {
         lock(&self.shared.vendors.tokens).unspent.remove(refresh);
     }
 
+    /// Whether this refresh token could still be spent.
+    pub fn honours(&self, refresh: &str) -> bool {
+        lock(&self.shared.vendors.tokens)
+            .unspent
+            .contains_key(refresh)
+    }
+
     /// No log may hold anything of this.
     pub fn secret(&self, text: &str) {
         lock(&self.shared.vendors.secrets).insert(text.to_owned(), 0);
