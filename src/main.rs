@@ -313,6 +313,13 @@ impl Gate {
     /// room at the cap. While all are busy, or descriptors have run out, new ones wait in the
     /// listeners' queues.
     fn accept(self: &Arc<Gate>, listeners: Vec<TcpListener>, signal: &UnixStream) {
+        for address in listeners.iter().filter_map(|l| l.local_addr().ok()) {
+            if self.proxy.users.is_empty() && !address.ip().is_loopback() {
+                warn!("no users configured: whoever reaches {address} uses your subscription");
+            }
+            let secure = if self.files.is_some() { "s" } else { "" };
+            info!("listening on http{secure}://{address}");
+        }
         let mut warned = false;
         let pause = self
             .files
@@ -559,7 +566,7 @@ fn descriptors(wanted: u64) -> (usize, usize) {
 /// All listeners of `listen`: for `:PORT` both families, where one socket does not serve both.
 fn listen(config: &Config) -> Result<Vec<TcpListener>, Error> {
     let failed = |e| Error::start(format!("listen on {}", config.listen), e);
-    let secure = if config.tls.is_some() { "s" } else { "" };
+
     let any = config.listen.starts_with(':');
     let named = if any { "[::]" } else { "" }.to_owned() + &config.listen;
     let mut addresses: Vec<_> = named.to_socket_addrs().map_err(failed)?.collect();
@@ -572,12 +579,8 @@ fn listen(config: &Config) -> Result<Vec<TcpListener>, Error> {
         address.set_port(port.unwrap_or(address.port()));
         outcome = TcpListener::bind(address).and_then(|listener| {
             listener.set_nonblocking(true)?;
-            address = listener.local_addr()?;
-            port = Some(address.port());
-            if config.users.is_empty() && !address.ip().is_loopback() {
-                warn!("no users configured: whoever reaches {address} uses your subscription");
-            }
-            info!("listening on http{secure}://{address}");
+            port = Some(listener.local_addr()?.port());
+
             listeners.push(listener);
             Ok(())
         });
