@@ -211,7 +211,7 @@ fn claim(folder: &Path) -> Result<File, Error> {
 }
 
 /// Takes a lock whatever a panicking thread left behind: every state here is valid after each
-/// statement. Nothing is waited for while a lock is held, but for a credential's `turn`.
+/// statement. Nothing is waited for while a lock is held, but for a credential's `turn`, and for a proof.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -257,11 +257,11 @@ struct Gate {
     parked: Mutex<HashMap<u64, Parked>>,
     /// Where inner connections are made: `socket` in a private folder that ends with us.
     inner_folder: PathBuf,
-    /// Inner connections not checked out; `None` is one that must be opened anew. They are
-    /// exactly `workers`, kept and each proven, for a burst of new ones would leave tiny_http
-    /// dead to most of them (tiny_http 0.12, util/task_pool.rs: it counts waiting threads
-    /// before they have taken work).
+    /// Inner connections not checked out, exactly `workers`; `None` is one still to be opened.
     permits: Mutex<Vec<Option<UnixStream>>>,
+    /// Held until a new one is proven, for a burst of new ones would leave tiny_http dead to most
+    /// of them (tiny_http 0.12, util/task_pool.rs: it counts waiting threads that have work).
+    opening: Mutex<()>,
     /// A permit has come back.
     freed: Condvar,
 }
@@ -302,10 +302,9 @@ impl Gate {
         });
         gate.renew().map_err(Error::config)?;
         serve(listener, workers, &gate).map_err(failed)?;
-        for _ in 0..workers {
-            let connection = gate.connect().map_err(failed)?;
-            lock(&gate.permits).push(Some(connection));
-        }
+        let first = gate.connect().map_err(failed)?;
+        lock(&gate.permits).resize_with(workers - 1, || None);
+        lock(&gate.permits).push(Some(first));
         Ok(gate)
     }
 
@@ -498,6 +497,7 @@ impl Gate {
 
     /// Opens an inner connection and proves it: a worker must pick up a head that came over it.
     fn connect(&self) -> io::Result<UnixStream> {
+        let _opening = lock(&self.opening);
         let mut connection = UnixStream::connect(self.inner_folder.join("socket"))?;
         connection.set_write_timeout(Some(PICKUP_TIME))?;
         let number = self.last.fetch_add(1, Ordering::Relaxed);
@@ -2171,19 +2171,22 @@ fn relay(answer: Answer, exchange: &mut Exchange, access: &mut Access) -> Result
     }
     // A chunk's size goes before the piece and CRLF behind it, so that it is one write.
     const SIZE: usize = "4000\r\n".len();
-    let mut piece = vec![0; SIZE + PIECE_SIZE + 2];
+    let mut piece = vec![0; 2048]; // enough for most events; a large answer makes it grow
     let mut reader = body.into_reader();
     loop {
-        let outcome = reader.read(&mut piece[SIZE..SIZE + PIECE_SIZE]);
-        let count = outcome.map_err(broken_off)?;
+        let room = piece.len() - 2;
+        let count = reader.read(&mut piece[SIZE..room]).map_err(broken_off)?;
         let end = SIZE + count;
         if chunked {
-            piece[..SIZE].copy_from_slice(format!("{count:04x}\r\n").as_bytes());
+            let _ = write!(&mut piece[..SIZE], "{count:04x}\r\n"); // always fits
             piece[end..end + 2].copy_from_slice(b"\r\n");
         }
         let framed = if chunked { 0..end + 2 } else { SIZE..end };
         exchange.stream.write_piece(&piece[framed]).map_err(gone)?;
         access.bytes += count as u64;
+        if end == room {
+            piece.resize(SIZE + PIECE_SIZE + 2, 0);
+        }
         if count == 0 {
             return Ok(()); // and the chunk of no bytes was the last
         }

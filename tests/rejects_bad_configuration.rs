@@ -187,6 +187,13 @@ fn what_was_found_in_a_secret_field_is_not_shown() {
     let short = folder.0.join("short");
     for text in [
         "users: [{name: alice, token: Pw5xKt}]".to_owned(),
+        "users: [Pw5xKtRb8zHnVc3mXd]".to_owned(),
+        "users: Pw5xKtRb8zHnVc3mXd".to_owned(),
+        "users: {alice: Pw5xKtRb8zHnVc3mXd}".to_owned(),
+        "users: [{name: alice, token_file: [Pw5xKt]}]".to_owned(),
+        "providers: [{name: claude, headers: Pw5xKt}]".to_owned(),
+        "Pw5xKtRb8zHnVc3mXd".to_owned(),
+        "[Pw5xKtRb8zHnVc3mXd]".to_owned(),
         "users: [{name: alice, token: [Pw5xKtRb8zHn]}]".to_owned(),
         "users: [{name: alice, token: {Pw5xKtRb8zHn: 1}}]".to_owned(),
         "users: [{name: alice, token: 'Pw5xKt Rb8zHn Vc3mXd'}]".to_owned(),

@@ -3,6 +3,8 @@
 mod common;
 use common::*;
 use std::net::TcpStream;
+use std::thread;
+use std::time::Duration;
 
 /// A stream that waits for `go` between its two events, and the client that reads it.
 fn running(up: &Upstream, setup: Setup) -> (Mux, Client) {
@@ -42,6 +44,8 @@ fn a_running_stream_is_finished_and_idle_connections_are_closed() {
         mux.signal(signal);
         assert!(idle.closed() && silent.closed());
         assert!(TcpStream::connect(mux.addr).is_err(), "it still accepts");
+        // Time enough for a program that waits for nobody to be gone.
+        thread::sleep(Duration::from_millis(500));
         go.advance();
         assert_eq!(client.text(), "two");
         assert_eq!(client.piece().expect("a proper end"), None);
