@@ -822,8 +822,10 @@ fn conclude(mut stream: Stream, mut access: Access, outcome: Outcome, mut last: 
         Err(Fault::Broken(why)) => (Some(why), true),
         Err(Fault::Reply(reply)) => {
             last |= reply.status == 401;
-            let sent = stream.write_piece(&reply.to_bytes(access.method == "HEAD", last));
-            (access.status, access.first) = (reply.status, Some(access.started.elapsed()));
+            let (bytes, length) = reply.to_bytes(access.method == "HEAD", last);
+            let sent = stream.write_piece(&bytes);
+            (access.status, access.bytes) = (reply.status, length);
+            access.first = Some(access.started.elapsed());
             let ended = Some(reply.message).filter(|_| reply.status != 200);
             (ended, sent.is_err())
         }
@@ -2616,8 +2618,8 @@ impl Reply {
         Reply::new(500, "a fault of ai-mux; its log says more")
     }
 
-    /// The whole answer: head, and the body that both vendors' SDKs show.
-    fn to_bytes(&self, head_only: bool, last: bool) -> Vec<u8> {
+    /// The whole answer: head, and the body that both vendors' SDKs show; and that one's length.
+    fn to_bytes(&self, head_only: bool, last: bool) -> (Vec<u8>, u64) {
         let status = self.status;
         let reason = http::StatusCode::from_u16(status).unwrap_or_default();
         let kind = match status {
@@ -2647,7 +2649,10 @@ impl Reply {
         for (said, field) in [
             (true, "content-type: application/json\r\n"),
             (status == 401, "www-authenticate: Bearer\r\n"),
-            (status == 426, "upgrade: HTTP/1.1\r\n"),
+            (
+                status == 426,
+                "upgrade: HTTP/1.1\r\nconnection: upgrade\r\n",
+            ),
             (lasting, "x-should-retry: false\r\n"),
             (last, "connection: close\r\n"),
             (true, "\r\n"),
@@ -2655,7 +2660,8 @@ impl Reply {
         ] {
             text += if said { field } else { "" };
         }
-        text.into_bytes()
+        let length = if head_only { 0 } else { body.len() as u64 };
+        (text.into_bytes(), length)
     }
 }
 

@@ -97,8 +97,8 @@ for unit in plain low; do
     exposed "$work/$unit.service"
 done
 
-# Both units have the same settings, but for the program and its tokens.
-own='^(ExecStart|LoadCredential)='
+# Both units have the same settings, but for the program and its tokens, and what DynamicUser= brings anyway.
+own='^(ExecStart|LoadCredential|NoNewPrivileges|PrivateTmp|RemoveIPC|RestrictSUIDSGID|ProtectSystem)='
 diff <(sed -n '/^\[Service\]/,/^\[Install\]/p' "$work/ai-mux.service" | grep '=' | grep -vE "$own" | sort) \
     <(grep '=' "$work/plain.service" | grep -vE "$own" | sort) || fail "the README's unit is not the module's"
 

@@ -190,7 +190,6 @@ fn what_was_found_in_a_secret_field_is_not_shown() {
         "users: [Pw5xKtRb8zHnVc3mXd]".to_owned(),
         "users: Pw5xKtRb8zHnVc3mXd".to_owned(),
         "users: {alice: Pw5xKtRb8zHnVc3mXd}".to_owned(),
-        "users: [{name: alice, token_file: [Pw5xKt]}]".to_owned(),
         "providers: [{name: claude, headers: Pw5xKt}]".to_owned(),
         "Pw5xKtRb8zHnVc3mXd".to_owned(),
         "[Pw5xKtRb8zHnVc3mXd]".to_owned(),
