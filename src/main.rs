@@ -1351,10 +1351,10 @@ impl Credential {
     fn write(&self, old: &Token, new: &Token, draft: Draft) -> Result<(), String> {
         let failed = |e: &dyn Display| format!("write {}: {e}", self.path.display());
         let whole = self.read().map_err(|e| failed(&e))?;
-        let (_, mut json) = whole.ok_or_else(|| failed(&"another program does"))?;
+        let (stamp, mut json) = whole.ok_or_else(|| failed(&"another program does"))?;
         if old.is_of(&self.provider.token_in(&json)) {
             self.provider.edit(&mut json, new);
-            draft.publish(&json).map_err(|e| failed(&e))?;
+            draft.publish(&json, stamp).map_err(|e| failed(&e))?;
         }
         lock(&self.state).refresh.unsaved = None;
         Ok(())
@@ -1393,11 +1393,15 @@ impl Draft {
         Ok(draft)
     }
 
-    fn publish(self, json: &Value) -> io::Result<()> {
+    /// Puts the text in place, unless the file is no longer the one that `stamp` was taken of.
+    fn publish(self, json: &Value, stamp: Stamp) -> io::Result<()> {
         let text = serde_json::to_vec_pretty(json)?;
         self.file.write_all_at(&text, 0)?;
         self.file.set_len(text.len() as u64)?;
         self.file.sync_all()?;
+        if Stamp::of(&self.target) != Some(stamp) {
+            return Err(io::Error::other("another program has changed it"));
+        }
         fs::rename(&self.path, &self.target)?;
         File::open(self.target.parent().unwrap_or(Path::new("/")))?.sync_all()
     }

@@ -173,6 +173,7 @@ fn an_answer_without_a_body_leaves_the_connection_good() {
             .request(method, MESSAGES, &[BEARER, ("x-status", case)], b"")
             .answer();
         assert_eq!((answer.status, answer.body.len()), (status, 0), "{case}");
+        assert_eq!(answer.header("transfer-encoding"), None, "{case}");
         if case == "head" {
             assert_eq!(answer.header("content-length"), Some("1234"));
         }

@@ -52,7 +52,7 @@ fn an_unwritable_folder_is_found_out_before_the_refresh_token_is_spent() {
     assert_eq!(mux.ask("POST", RESPONSES, &[], b"{}").status, 200);
     assert_eq!(up.refreshes().len(), 0);
     allow(&folder, 0o700);
-    let served = (0..100).any(|_| {
+    let served = (0..300).any(|_| {
         std::thread::sleep(std::time::Duration::from_millis(100));
         mux.message().status == 200
     });

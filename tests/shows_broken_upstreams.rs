@@ -179,7 +179,7 @@ fn silence_in_a_body_breaks_it_off() {
         held.wait(1);
         conn.finish()
     });
-    let mux = Setup::new(&up).set("stream_idle_timeout", "1s").start();
+    let mux = Setup::new(&up).set("stream_idle_timeout", "2s").start();
     let mut client = mux.client();
     client.request("POST", MESSAGES, &[BEARER], b"{}");
     client.head();

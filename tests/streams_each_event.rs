@@ -175,13 +175,13 @@ fn sixty_four_at_once() {
 #[test]
 fn longer_than_the_request_timeout() {
     let (up, shown) = upstream(1, None);
-    let mux = Setup::new(&up).set("request_timeout", "1s").start();
+    let mux = Setup::new(&up).set("request_timeout", "2s").start();
     let mut client = mux.client();
     client.request("POST", MESSAGES, &[BEARER], b"{}");
     client.head();
     for n in 1..=EVENTS {
         assert_eq!(client.text(), event(n));
-        std::thread::sleep(std::time::Duration::from_millis(300));
+        std::thread::sleep(std::time::Duration::from_millis(600));
         shown[0].advance();
     }
     assert_eq!(client.piece().expect("a proper end"), None);

@@ -279,7 +279,7 @@ fn answer(req: &Request, conn: &mut Conn, sent: &Mutex<Vec<Instant>>) -> io::Res
         codex_events()
     };
     for event in events {
-        if event["delta"].is_object() || event["delta"].is_string() {
+        if event["delta"]["text"].is_string() || event["delta"].is_string() {
             thread::sleep(PAUSE);
         }
         lock(sent).push(Instant::now());

@@ -1,0 +1,209 @@
+//! A client that is too slow is let go in time, whatever it is slow at, and one that is merely slow is not.
+//! The limits are real, 10 s and 30 s, so all families run at the same time, each against a process of
+//! its own.
+
+mod common;
+use common::*;
+use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// As long as the slowest limit and what a loaded machine adds.
+const LONG: Duration = Duration::from_secs(60);
+
+type Family = fn(&Mux, &Upstream);
+
+const FAMILIES: [(&str, Family); 8] = [
+    ("heads that stay half", half_sent_heads),
+    ("heads that drip", dripped_heads),
+    ("bodies that never come", bodies_that_never_come),
+    ("bodies that drip", dripped_bodies),
+    ("chunks that drip", dripped_chunks),
+    ("answers that nobody reads", never_readers),
+    ("a body that is slow, but not too slow", slow_body),
+    ("a reader that is slow, but not too slow", slow_reader),
+];
+
+#[test]
+fn each_is_let_go_in_time() {
+    need_descriptors(4096);
+    at_once(FAMILIES, |(name, family)| {
+        let up = Upstream::at_head(answer);
+        let setup = Setup::new(&up).set("workers", 64);
+        let mux = setup.set("request_timeout", "50s").start();
+        let before = mux.warm_footprint();
+        let began = Instant::now();
+        family(&mux, &up);
+        mux.assert_recovered(before, 64);
+        eprintln!("{name}: {:?}", began.elapsed());
+    });
+}
+
+/// Echoes the size of a body, or streams without an end to whoever asks for that.
+fn answer(req: &Request, conn: &mut Conn) -> io::Result<()> {
+    let body = conn.wire.body(req.head.framing(http::Framing::Done))?;
+    let Some(size) = req.head.get("x-stream") else {
+        return conn.respond(200, &[], body.len().to_string().as_bytes());
+    };
+    conn.stream(&[])?;
+    for _ in 0..size.parse().expect("a number of pieces") {
+        conn.chunk([b'x'; 16 << 10])?;
+    }
+    conn.finish()
+}
+
+fn clients(mux: &Mux, count: usize) -> Vec<Client> {
+    let clients: Vec<_> = (0..count).map(|_| mux.client()).collect();
+    for client in &clients {
+        let socket = client.wire.socket();
+        socket.set_read_timeout(Some(LONG)).expect("set a timeout");
+    }
+    clients
+}
+
+/// Sends a byte of `text` every half second to all of them, until all are let go: nothing can be sent any more.
+fn drip(clients: &mut [Client], text: &[u8]) {
+    for byte in text.iter().cycle().take(100) {
+        let sent = clients
+            .iter_mut()
+            .filter_map(|c| c.wire.send(&[*byte]).ok());
+        if sent.count() == 0 {
+            return;
+        }
+        thread::sleep(Duration::from_millis(500));
+    }
+    panic!("some are let drip for ever");
+}
+
+/// Nobody has been let go yet, so whoever is served now is served beside them all.
+fn assert_served_beside(mux: &Mux, clients: &[Client]) {
+    assert_eq!(mux.message().status, 200);
+    for client in clients {
+        let socket = client.wire.socket();
+        socket.set_nonblocking(true).expect("set nonblocking");
+        let peeked = socket.peek(&mut [0]).map_err(|e| e.kind());
+        socket.set_nonblocking(false).expect("set blocking");
+        assert_eq!(peeked, Err(io::ErrorKind::WouldBlock));
+    }
+}
+
+fn assert_408(clients: &mut [Client]) {
+    for client in clients {
+        let answer = client.answer();
+        assert_eq!(answer.status, 408);
+        assert_eq!(answer.header("x-should-retry"), None);
+        answer.error();
+        assert!(client.closed());
+    }
+}
+
+fn half_sent_heads(mux: &Mux, _: &Upstream) {
+    let mut clients = clients(mux, 300);
+    for (number, client) in clients.iter_mut().enumerate() {
+        let head = b"POST /claude/v1/messages HTTP/1.1\r\nhost: ai-mux\r\nx-name: value\r\n";
+        client.send(&head[..1 + number % (head.len() - 1)]);
+    }
+    assert_served_beside(mux, &clients);
+    assert_408(&mut clients);
+}
+
+fn dripped_heads(mux: &Mux, _: &Upstream) {
+    let mut clients = clients(mux, 64);
+    for client in &mut clients {
+        client.send("GET /claude/v1/messages HTTP/1.1\r\n");
+    }
+    assert_served_beside(mux, &clients);
+    drip(&mut clients, b"x");
+}
+
+fn bodies_that_never_come(mux: &Mux, up: &Upstream) {
+    let mut clients = clients(mux, 63);
+    for (number, client) in clients.iter_mut().enumerate() {
+        let length = ["10", "1000000", "60000000"][number % 3];
+        client.start("POST", MESSAGES, &[BEARER, ("content-length", length)]);
+    }
+    assert_served_beside(mux, &clients);
+    assert_408(&mut clients);
+    // Of the large ones, upstream has heard the head; but of none a whole request.
+    assert!(up.requests().len() <= 2 + 21);
+}
+
+/// They hold every worker there is, and lose them all.
+fn dripped_bodies(mux: &Mux, up: &Upstream) {
+    let mut clients = clients(mux, 64);
+    for client in &mut clients {
+        client.start("POST", MESSAGES, &[BEARER, ("content-length", "1000")]);
+    }
+    drip(&mut clients, b"x");
+    assert_eq!(mux.log_lines("status=408").len(), 64);
+    assert_eq!(up.requests().len(), 1);
+}
+
+/// What frames a body is no body: it earns no time.
+fn dripped_chunks(mux: &Mux, up: &Upstream) {
+    let mut clients = clients(mux, 64);
+    let headers = [BEARER, ("transfer-encoding", "chunked")];
+    for client in &mut clients {
+        client.start("POST", MESSAGES, &headers);
+    }
+    drip(&mut clients, b"1\r\nx\r\n");
+    assert_eq!(mux.log_lines("status=408").len(), 64);
+    assert_eq!(up.requests().len(), 1);
+}
+
+/// They too hold every worker, until a piece was not taken for 30 s.
+fn never_readers(mux: &Mux, _: &Upstream) {
+    let before = mux.footprint();
+    let mut clients = clients(mux, 64);
+    for client in &mut clients {
+        let headers = [BEARER, ("x-stream", "1000000")];
+        client.request("POST", MESSAGES, &headers, b"");
+    }
+    mux.assert_settled(before, 128);
+    let answer = mux.client().request("GET", "/healthz", &[], b"").answer();
+    assert_eq!(answer.status, 200);
+    let last = Instant::now() + LONG;
+    while mux.log_lines("ended=").len() < 64 {
+        assert!(Instant::now() < last, "they hold their workers for ever");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// 14 s, at 1.5 KiB a second, which is more than the least.
+fn slow_body(mux: &Mux, _: &Upstream) {
+    let mut clients = clients(mux, 4);
+    for client in &mut clients {
+        client.start("POST", MESSAGES, &[BEARER, ("content-length", "21504")]);
+    }
+    for _ in 0..28 {
+        for client in &mut clients {
+            client.send([b'x'; 768]);
+        }
+        thread::sleep(Duration::from_millis(500));
+    }
+    for client in &mut clients {
+        assert_eq!(client.answer().text(), "21504");
+    }
+}
+
+/// Takes nothing for 15 s, twice, and gets everything.
+fn slow_reader(mux: &Mux, _: &Upstream) {
+    let mut clients = clients(mux, 4);
+    for client in &mut clients {
+        let headers = [BEARER, ("x-stream", "2000")];
+        client.request("POST", MESSAGES, &headers, b"").head();
+    }
+    let mut taken = [0; 4];
+    for round in 1..=2 {
+        thread::sleep(Duration::from_secs(15));
+        for (client, taken) in clients.iter_mut().zip(&mut taken) {
+            while *taken < round * (8 << 20) {
+                *taken += client.text().len();
+            }
+        }
+    }
+    for (client, taken) in clients.iter_mut().zip(taken) {
+        let rest = client.body().expect("a whole body").len();
+        assert_eq!(taken + rest, 2000 * (16 << 10));
+    }
+}

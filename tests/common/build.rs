@@ -1,0 +1,17 @@
+//! For programs that are run by themselves: cargo builds only them.
+
+use std::process::Command;
+
+/// Has cargo build the program itself, as this one was built.
+pub fn build() {
+    let mut cargo = Command::new(std::env::var("CARGO").unwrap_or("cargo".to_owned()));
+    cargo.args(["build", "--bin", "ai-mux", "--manifest-path"]);
+    cargo.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"));
+    if !cfg!(debug_assertions) {
+        cargo.arg("--release");
+    }
+    assert!(
+        cargo.status().is_ok_and(|s| s.success()),
+        "cargo could not build ai-mux"
+    );
+}

@@ -1,0 +1,89 @@
+//! What a running process holds, and that it gives it back.
+
+use super::http::PATIENCE;
+use super::mux::Mux;
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit, setrlimit};
+use std::time::{Duration, Instant};
+use std::{fs, thread};
+
+/// Memory that an allocator may keep for the next time, in KiB.
+const KEPT_MEMORY: usize = 16 << 10;
+
+#[derive(Clone, Copy, Debug)]
+pub struct Footprint {
+    pub descriptors: usize,
+    pub threads: usize,
+    /// KiB.
+    pub resident: usize,
+}
+
+impl Mux {
+    pub fn footprint(&self) -> Footprint {
+        let folder = format!("/proc/{}", self.pid());
+        let status = fs::read_to_string(format!("{folder}/status")).expect("its status");
+        let number = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            let word = line.and_then(|line| line.split_whitespace().next());
+            word.and_then(|word| word.parse().ok()).expect("a number")
+        };
+        let descriptors = fs::read_dir(format!("{folder}/fd")).expect("its descriptors");
+        Footprint {
+            descriptors: descriptors.count(),
+            threads: number("Threads:"),
+            resident: number("VmRSS:"),
+        }
+    }
+
+    /// What it holds when each worker has been used; call it before the trouble.
+    pub fn warm_footprint(&self) -> Footprint {
+        assert_eq!(self.message().status, 200);
+        self.footprint()
+    }
+
+    /// Another client is served, and what the trouble took is given back, but for what `kept` workers that were
+    /// not used before keep: one thread, three descriptors and an idle connection to upstream each.
+    pub fn assert_recovered(&self, before: Footprint, kept: usize) {
+        assert_eq!(self.message().status, 200, "another client is served");
+        self.assert_settled(before, kept);
+    }
+
+    pub fn assert_settled(&self, before: Footprint, kept: usize) {
+        let deadline = Instant::now() + 2 * PATIENCE;
+        loop {
+            let now = self.footprint();
+            let back = now.descriptors <= before.descriptors + kept * 4
+                && now.threads <= before.threads + kept
+                && now.resident <= before.resident + KEPT_MEMORY;
+            if back {
+                return;
+            }
+            let late = Instant::now() > deadline;
+            assert!(!late, "{now:?} are left of the trouble, {before:?} before");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Changes the limit of its descriptors while it runs; returns the old one.
+    pub fn limit_descriptors(&self, limit: u64) -> u64 {
+        let new = Rlimit {
+            current: Some(limit),
+            maximum: getrlimit(Resource::Nofile).maximum, // It has inherited ours.
+        };
+        let old = prlimit(Pid::from_raw(self.pid() as i32), Resource::Nofile, new);
+        old.expect("limit its descriptors")
+            .current
+            .unwrap_or(u64::MAX)
+    }
+}
+
+/// Raises the limit of this test's own descriptors.
+pub fn need_descriptors(count: u64) {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current.is_some_and(|current| current < count) {
+        let new = Rlimit {
+            current: Some(count),
+            maximum,
+        };
+        setrlimit(Resource::Nofile, new).expect("raise the limit of descriptors");
+    }
+}

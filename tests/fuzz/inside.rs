@@ -1,0 +1,121 @@
+//! The way in: what the tests see of the program's private parts. `src/main.rs` names this file as a module
+//! of its own for tests, so it is the only one that knows how the program calls things.
+#![allow(dead_code)] // The program's own test build has no use for it.
+
+use super::*;
+
+/// A head as the gate has read it.
+pub struct Admitted {
+    pub method: String,
+    pub target: String,
+    /// The fields that go on to tiny_http.
+    pub kept: Vec<(String, String)>,
+    pub length: Length,
+    pub expect: bool,
+    pub close: bool,
+    head: Head,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Length {
+    Empty,
+    Sized(u64),
+    Chunked,
+}
+
+impl Admitted {
+    /// What the gate writes to tiny_http for this head.
+    pub fn inner(&self, number: u64) -> Vec<u8> {
+        self.head.inner(number).into_bytes()
+    }
+}
+
+/// Reads the first head of a connection that brings `bytes` and no more: the head and how many bytes it took,
+/// none if it is not whole, or the status of the refusal.
+pub fn head(bytes: &[u8]) -> Result<Option<(Admitted, usize)>, u16> {
+    let mut stream = Stream::new(ended());
+    stream.ahead = bytes.to_vec();
+    let head = stream.read_head().map_err(|reply| reply.status)?;
+    Ok(head.map(|head| {
+        let admitted = Admitted {
+            method: head.method.clone(),
+            target: head.target.clone(),
+            kept: head.fields.clone(),
+            length: match head.framing {
+                Framing::Empty => Length::Empty,
+                Framing::Sized(n) => Length::Sized(n),
+                Framing::Chunked => Length::Chunked,
+            },
+            expect: head.expect,
+            close: head.close,
+            head,
+        };
+        (admitted, bytes.len() - stream.ahead.len())
+    }))
+}
+
+/// Looks for the end of a head that comes in pieces, which end at `cuts`.
+pub fn head_end_of(bytes: &[u8], cuts: &[usize]) -> Result<Option<usize>, u16> {
+    let mut searched = 0;
+    for cut in cuts.iter().copied().chain([bytes.len()]) {
+        match head_end(&bytes[..cut], searched) {
+            Ok(None) => searched = cut,
+            found => return found.map_err(|reply| reply.status),
+        }
+    }
+    Ok(None)
+}
+
+/// Reads a body from `source` to its end, at most `room` bytes at a time; an error as the program sees it. What
+/// follows a broken body must never be taken for the next request.
+pub fn body(length: Length, source: &mut impl BufRead, room: usize) -> io::Result<Vec<u8>> {
+    let mut body = Body::new(match length {
+        Length::Empty => Framing::Empty,
+        Length::Sized(n) => Framing::Sized(n),
+        Length::Chunked => Framing::Chunked,
+    });
+    let (mut whole, mut piece) = (Vec::new(), vec![0; room]);
+    loop {
+        match body.read(source, &mut piece) {
+            Ok(0) => return Ok(whole),
+            Ok(count) => whole.extend_from_slice(&piece[..count]),
+            Err(e) => {
+                assert!(!body.done, "a broken body counts as read: {e}");
+                return Err(e);
+            }
+        }
+    }
+}
+
+/// A request whose handler panics, before or after it has sent `sent`: what the client hears, and whether its
+/// connection is broken off.
+pub fn panic_after(sent: &'static [u8]) -> (Vec<u8>, bool) {
+    let (mut client, tcp) = pair();
+    let mut stream = Stream::new(Arc::new(tcp));
+    let mut access = Access::new(SocketAddr::from(([127, 0, 0, 1], 0)), "-", "-");
+    let outcome = fence(&mut access, |access| {
+        if !sent.is_empty() {
+            access.status = 200;
+            stream.write_piece(sent).expect("send");
+        }
+        panic!("a handler's fault")
+    });
+    let verdict = conclude(stream, access, outcome, false);
+    let broken = matches!(verdict, Verdict::Broken);
+    drop(verdict);
+    let mut heard = Vec::new();
+    client.read_to_end(&mut heard).expect("read to the end");
+    (heard, broken)
+}
+
+fn pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
+    let client = TcpStream::connect(listener.local_addr().expect("an address")).expect("connect");
+    (client, listener.accept().expect("accept").0)
+}
+
+/// A socket whose other end sends nothing more.
+fn ended() -> Arc<TcpStream> {
+    static ENDED: std::sync::OnceLock<Arc<TcpStream>> = std::sync::OnceLock::new();
+    ENDED.get_or_init(|| Arc::new(pair().1)).clone()
+}

@@ -1,0 +1,90 @@
+//! Connections on which nothing happens cost little, and never keep a new client out: at the cap the one
+//! that has been idle longest makes room.
+
+mod common;
+use common::*;
+use std::net::TcpStream;
+
+fn ask(client: &mut Client) -> Answer {
+    client.request("POST", MESSAGES, &[BEARER], b"{}").answer()
+}
+
+#[test]
+fn two_thousand_idle_connections_keep_nobody_out() {
+    need_descriptors(4096);
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).set("workers", 4).start();
+    let before = mux.warm_footprint();
+    let mut idle = Vec::new();
+    for number in 0..2000 {
+        idle.push(TcpStream::connect(mux.addr).expect("connect to ai-mux"));
+        if number % 100 == 99 {
+            assert_eq!(mux.message().status, 200, "beside {number} idle ones");
+        }
+    }
+    let full = mux.footprint();
+    assert!(full.descriptors < 1500, "{full:?}");
+    assert!(full.resident < before.resident + (100 << 10), "{full:?}");
+    drop(idle);
+    mux.assert_recovered(before, 4);
+}
+
+/// The limit of 128 descriptors carries 4 workers and 80 connections.
+#[test]
+fn at_the_cap_the_longest_idle_one_makes_room() {
+    let up = Upstream::plain();
+    let setup = Setup::new(&up).set("workers", 4);
+    let mux = setup.shell("ulimit -n 128; exec \"$@\"").start();
+    let before = mux.warm_footprint();
+    let mut clients = Vec::new();
+    for _ in 0..80 {
+        let mut client = mux.client();
+        assert_eq!(ask(&mut client).status, 200);
+        clients.push(client);
+    }
+    // The first of all is now the youngest.
+    assert_eq!(ask(&mut clients[0]).status, 200);
+    let mut new = mux.client();
+    assert_eq!(ask(&mut new).status, 200);
+    assert!(clients[1].closed(), "the longest idle one");
+    for number in (2..80).chain([0]) {
+        assert_eq!(ask(&mut clients[number]).status, 200, "{number}");
+    }
+    drop((clients, new));
+    mux.assert_recovered(before, 4);
+}
+
+#[test]
+fn a_busy_connection_never_makes_room() {
+    let go = Steps::default();
+    let held = go.clone();
+    let up = Upstream::start(move |req, conn| {
+        if req.head.get("x-held").is_none() {
+            return conn.respond(200, &[], b"fine");
+        }
+        conn.stream(&[])?;
+        conn.chunk("one")?;
+        held.wait(1);
+        conn.chunk("two")?;
+        conn.finish()
+    });
+    let setup = Setup::new(&up).set("workers", 4);
+    let mux = setup.shell("ulimit -n 128; exec \"$@\"").start();
+    let mut busy: Vec<_> = (0..3).map(|_| mux.client()).collect();
+    for client in &mut busy {
+        client.request("POST", MESSAGES, &[BEARER, ("x-held", "1")], b"{}");
+        client.head();
+        assert_eq!(client.text(), "one");
+    }
+    let before = mux.footprint();
+    let mut idle: Vec<_> = (0..200).map(|_| mux.client()).collect();
+    assert_eq!(ask(idle.last_mut().expect("the last")).status, 200);
+    assert_eq!(mux.message().status, 200);
+    go.advance();
+    for client in &mut busy {
+        assert_eq!(client.text(), "two");
+        assert_eq!(client.piece().expect("a proper end"), None);
+    }
+    drop((idle, busy));
+    mux.assert_recovered(before, 4);
+}

@@ -1,0 +1,94 @@
+//! Without descriptors left, new clients wait; when there are some again, they are served.
+
+mod common;
+use common::*;
+use std::net::TcpStream;
+
+fn few_descriptors(up: &Upstream) -> Mux {
+    let setup = Setup::new(up).set("workers", 16);
+    setup.shell("ulimit -n 128; exec \"$@\"").start()
+}
+
+#[test]
+fn four_hundred_connections_against_128_descriptors() {
+    need_descriptors(4096);
+    let up = Upstream::plain();
+    let mux = few_descriptors(&up);
+    let before = mux.warm_footprint();
+    let silent: Vec<_> = (0..400)
+        .map(|_| TcpStream::connect(mux.addr).expect("connect to ai-mux"))
+        .collect();
+    assert_eq!(mux.message().text(), "fine", "beside 400 silent ones");
+    assert!(mux.footprint().descriptors <= 128);
+    drop(silent);
+    mux.assert_recovered(before, 16);
+}
+
+#[test]
+fn four_hundred_clients_that_ask_are_all_answered() {
+    need_descriptors(4096);
+    let up = Upstream::plain();
+    let mux = few_descriptors(&up);
+    let before = mux.warm_footprint();
+    let mut clients = Vec::new();
+    for _ in 0..400 {
+        let mut client = mux.client();
+        client.request("POST", MESSAGES, &[BEARER], b"{}");
+        clients.push(client);
+    }
+    for client in &mut clients {
+        assert_eq!(client.answer().text(), "fine");
+    }
+    drop(clients);
+    assert_eq!(up.requests().len(), 401);
+    mux.assert_recovered(before, 16);
+}
+
+/// The limit falls below what is open already, so that not one more can be opened.
+#[test]
+fn when_none_is_left_a_client_waits_and_is_served_later() {
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).set("workers", 4).start();
+    let before = mux.warm_footprint();
+    let old = mux.limit_descriptors(3);
+    let mut client = mux.client();
+    client.request("POST", MESSAGES, &[BEARER], b"{}");
+    mux.wait_log("new connections wait");
+    assert_eq!(up.requests().len(), 1);
+    mux.limit_descriptors(old);
+    assert_eq!(client.answer().text(), "fine");
+    drop(client);
+    mux.assert_recovered(before, 4);
+    // Once more: the listener has come to no harm.
+    mux.limit_descriptors(3);
+    let mut client = mux.client();
+    client.request("POST", MESSAGES, &[BEARER], b"{}");
+    mux.wait_log_times("new connections wait", 2);
+    mux.limit_descriptors(old);
+    assert_eq!(client.answer().text(), "fine");
+}
+
+/// A worker that cannot reach upstream says so and lives on; and a file that cannot be opened just now is no log-out.
+#[test]
+fn a_request_that_needs_one_more_fails_alone() {
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).set("workers", 4).start();
+    let mut client = mux.client();
+    let mut ask = || client.request("POST", MESSAGES, &[BEARER], b"{}").answer();
+    assert_eq!(ask().text(), "fine");
+    let before = mux.footprint();
+    up.close_connections();
+    let new = up.login("claude", 3600);
+    let old = mux.limit_descriptors(3);
+    login::save(&mux.state(), "claude", &new.claude());
+    for _ in 0..3 {
+        let answer = ask();
+        assert_eq!(answer.status, 502);
+        answer.error();
+    }
+    mux.limit_descriptors(old);
+    assert_eq!(ask().text(), "fine");
+    assert_eq!(up.requests().pop().expect("a request").bearer(), new.access);
+    drop(client);
+    mux.assert_recovered(before, 4);
+}

@@ -1,0 +1,108 @@
+//! A TLS handshake that stalls, drips, breaks off or is none at all holds nobody up, and is let go in time.
+
+mod common;
+use common::*;
+use std::io::{self, Read};
+use std::thread;
+use std::time::Duration;
+
+/// The first bytes of a handshake that a real client would go on with: a record of 512 bytes is announced.
+const BEGINNING: &[u8] = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03";
+
+fn served(mux: &Mux, authority: &Authority) {
+    let mut client = Client::tls(mux.addr, authority);
+    let answer = client.request("POST", MESSAGES, &[BEARER], b"{}").answer();
+    assert_eq!(answer.text(), "fine");
+}
+
+/// All kinds at the same time, 50 of each, for the limit of 10 s is real.
+#[test]
+fn whatever_comes_instead_of_a_handshake_is_let_go() {
+    need_descriptors(4096);
+    let authority = Authority::new();
+    let up = Upstream::plain();
+    let setup = Setup::new(&up).set("workers", 4).tls(&authority);
+    let mux = setup.start();
+    served(&mux, &authority);
+    let before = mux.footprint();
+    let beginnings: [&[u8]; 6] = [
+        b"",
+        b"\x16",
+        BEGINNING,
+        b"GET /healthz HTTP/1.1\r\nhost: ai-mux\r\n\r\n",
+        b"\x80\x2e\x01\x00\x02\x00\x15\x00\x00\x00\x10",
+        &[0xff; 4096],
+    ];
+    let mut clients = Vec::new();
+    for beginning in beginnings {
+        for _ in 0..50 {
+            let mut client = mux.client();
+            client.send(beginning);
+            clients.push(client);
+        }
+    }
+    // One that goes on for ever, a byte at a time.
+    let mut dripping = mux.client();
+    dripping.send(BEGINNING);
+    served(&mux, &authority);
+    let drips = (0..100).take_while(|_| {
+        thread::sleep(Duration::from_millis(500));
+        dripping.wire.send(b"x").is_ok()
+    });
+    assert!(drips.count() < 100, "a handshake may drip for ever");
+    for client in &mut clients {
+        let rest = client.rest();
+        assert!(!rest.starts_with(b"HTTP/"), "an answer without TLS");
+    }
+    drop((clients, dripping));
+    served(&mux, &authority);
+    mux.assert_settled(before, 4);
+    assert_eq!(up.requests().len(), 3);
+}
+
+#[test]
+fn clients_that_leave_in_mid_handshake_leave_nothing_behind() {
+    let authority = Authority::new();
+    let up = Upstream::plain();
+    let setup = Setup::new(&up).set("workers", 4).tls(&authority);
+    let mux = setup.start();
+    served(&mux, &authority);
+    let before = mux.footprint();
+    at_once(0..100, |number| {
+        let mut client = mux.client();
+        client.send(&BEGINNING[..number % BEGINNING.len()]);
+        match number % 2 {
+            0 => client.wire.cut(),
+            _ => client.wire.end_sending(),
+        }
+        let _ = client.wire.socket().read(&mut [0]);
+    });
+    served(&mux, &authority);
+    mux.assert_settled(before, 4);
+}
+
+/// With more of them than may be open, the handshakes that have stalled longest make room.
+#[test]
+fn stalled_handshakes_keep_nobody_out_at_the_cap() {
+    let authority = Authority::new();
+    let up = Upstream::plain();
+    let setup = Setup::new(&up).set("workers", 4).tls(&authority);
+    let mux = setup.shell("ulimit -n 128; exec \"$@\"").start();
+    served(&mux, &authority);
+    let before = mux.footprint();
+    let mut stalled = Vec::new();
+    for _ in 0..200 {
+        let mut client = mux.client();
+        let _ = client.wire.send(BEGINNING);
+        stalled.push(client);
+    }
+    served(&mux, &authority);
+    // Not because they were let go in time: those that came later are stalled still.
+    let socket = stalled[150].wire.socket();
+    socket.set_nonblocking(true).expect("set nonblocking");
+    let peeked = socket.peek(&mut [0]).map_err(|e| e.kind());
+    assert_eq!(peeked, Err(io::ErrorKind::WouldBlock));
+    drop(stalled);
+    served(&mux, &authority);
+    mux.assert_settled(before, 4);
+}

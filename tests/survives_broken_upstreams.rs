@@ -1,0 +1,314 @@
+//! However an upstream misbehaves, under load too: the client sees that it failed, the next one is served,
+//! and nothing of an answer ends up in another.
+
+mod common;
+use common::*;
+use std::io;
+
+/// Sends `piece` until the other side has had enough; true if it has.
+fn flood(conn: &mut Conn, piece: &[u8]) -> bool {
+    // 64 MiB, or as many pieces as there are of a small one.
+    (0..(64 << 20) / piece.len()).any(|_| conn.wire.send(piece).is_err())
+}
+
+const HEAD: &[u8] = b"HTTP/1.1 200 OK\r\n";
+
+/// Misbehaves in the way that `x-way` names.
+fn misbehave(req: &Request, conn: &mut Conn) -> io::Result<()> {
+    let long = "x".repeat(20 << 10);
+    let raw = match req.head.get("x-way").unwrap_or_default() {
+        "" => return conn.respond(200, &[], b"fine"),
+        "an endless line" => {
+            conn.wire.send(b"HTTP/1.1 200 OK\r\nx-endless: ")?;
+            assert!(flood(conn, &[b'x'; 4096]), "it is read for ever");
+            return conn.cut();
+        }
+        "endless headers" => {
+            conn.wire.send(HEAD)?;
+            assert!(flood(conn, &b"x-name: value\r\n".repeat(100)), "read for ever");
+            return conn.cut();
+        }
+        "a flood of 1xx" => {
+            let early = b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n".repeat(100);
+            assert!(flood(conn, &early), "it is read for ever");
+            return conn.cut();
+        }
+        "endless trailers" => {
+            conn.stream(&[])?;
+            conn.wire.send(b"0\r\n")?;
+            assert!(flood(conn, &b"x-name: value\r\n".repeat(100)), "read for ever");
+            return conn.cut();
+        }
+        "an endless size of a chunk" => {
+            conn.stream(&[])?;
+            assert!(flood(conn, &[b'0'; 4096]), "it is read for ever");
+            return conn.cut();
+        }
+        "an endless chunk extension" => {
+            conn.stream(&[])?;
+            conn.wire.send(b"1;")?;
+            assert!(flood(conn, &[b'x'; 4096]), "it is read for ever");
+            return conn.cut();
+        }
+        "a reset" => {
+            // What is asked is larger than what one read takes: closing with input unread sends a reset.
+            conn.wire.socket().peek(&mut [0])?;
+            return conn.cut();
+        }
+        "nothing" => "".to_owned(),
+        "a line too long" => format!("HTTP/1.1 200 OK\r\nx: {long}\r\n\r\n"),
+        "a head too long" => format!(
+            "HTTP/1.1 200 OK\r\n{}\r\n",
+            format!("x: {}\r\n", &long[..1000]).repeat(20)
+        ),
+        "too many headers" => format!("HTTP/1.1 200 OK\r\n{}\r\n", "a: b\r\n".repeat(500)),
+        "no version" => "200 OK\r\n\r\n".to_owned(),
+        "HTTP/2" => "HTTP/2.0 200 OK\r\ncontent-length: 2\r\n\r\nok".to_owned(),
+        "HTTP/0.9" => "<html>ok</html>".to_owned(),
+        "no status" => "HTTP/1.1 OK\r\ncontent-length: 2\r\n\r\nok".to_owned(),
+        "a status of words" => "HTTP/1.1 abc OK\r\ncontent-length: 2\r\n\r\nok".to_owned(),
+        "a status of two digits" => "HTTP/1.1 20 OK\r\ncontent-length: 2\r\n\r\nok".to_owned(),
+        "a negative length" => "HTTP/1.1 200 OK\r\ncontent-length: -2\r\n\r\nok".to_owned(),
+        "a length of words" => "HTTP/1.1 200 OK\r\ncontent-length: two\r\n\r\nok".to_owned(),
+        "two lengths" => {
+            "HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\nok".to_owned()
+        }
+        "a length beyond all bounds" => {
+            "HTTP/1.1 200 OK\r\ncontent-length: 18446744073709551615\r\n\r\nok".to_owned()
+        }
+        "a chunk beyond all bounds" => {
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nffffffffffffffff\r\nok".to_owned()
+        }
+        "a chunk of more than 64 bits" => {
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n10000000000000002\r\nok\r\n0\r\n\r\n"
+                .to_owned()
+        }
+        "a chunk longer than its size" => {
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\nok\r\n0\r\n\r\n".to_owned()
+        }
+        "a line end within a header" => "HTTP/1.1 200 OK\r\nx: a\0b\r\n\r\n".to_owned(),
+        way => panic!("there is no way {way:?}"),
+    };
+    conn.wire.send(raw.as_bytes())?;
+    conn.cut()
+}
+
+const NO_ANSWER: [&str; 17] = [
+    "an endless line",
+    "endless headers",
+    "a flood of 1xx",
+    "a reset",
+    "nothing",
+    "a line too long",
+    "a head too long",
+    "too many headers",
+    "no version",
+    "HTTP/2",
+    "HTTP/0.9",
+    "no status",
+    "a status of words",
+    "a status of two digits",
+    "a negative length",
+    "a length of words",
+    "a line end within a header",
+];
+
+const BROKEN: [&str; 7] = [
+    "two lengths",
+    "endless trailers",
+    "an endless size of a chunk",
+    "an endless chunk extension",
+    "a length beyond all bounds",
+    "a chunk beyond all bounds",
+    "a chunk of more than 64 bits",
+];
+
+fn start(up: &Upstream) -> Mux {
+    let setup = Setup::new(up).set("workers", 16);
+    setup
+        .set("request_timeout", "2s")
+        .set("stream_idle_timeout", "2s")
+        .start()
+}
+
+/// More than is read in one go, so that a reset comes where it should.
+fn body() -> Vec<u8> {
+    vec![b'x'; 300_000]
+}
+
+#[test]
+fn an_answer_that_is_none_is_502_or_504() {
+    let up = Upstream::at_head(|req, conn| match req.head.get("x-way") {
+        Some("a reset") => misbehave(req, conn),
+        _ => {
+            conn.wire.body(req.head.framing(http::Framing::Done))?;
+            misbehave(req, conn)
+        }
+    });
+    let mux = start(&up);
+    let before = mux.warm_footprint();
+    let cases = NO_ANSWER.into_iter().flat_map(|way| [way; 8]);
+    at_once(cases, |way| {
+        let answer = mux.ask("POST", MESSAGES, &[("x-way", way)], &body());
+        assert!(
+            matches!(answer.status, 502 | 504),
+            "{way}: {}",
+            answer.status
+        );
+        assert_eq!(answer.header("x-should-retry"), None, "{way}");
+        answer.error();
+    });
+    mux.assert_recovered(before, 16);
+    assert_eq!(up.requests().len(), 2 + NO_ANSWER.len() * 8, "one try each");
+}
+
+#[test]
+fn an_answer_that_breaks_is_never_shown_as_whole() {
+    let up = Upstream::start(misbehave);
+    let mux = start(&up);
+    let before = mux.warm_footprint();
+    let cases = BROKEN.into_iter().flat_map(|way| [way; 8]);
+    at_once(cases, |way| {
+        let mut client = mux.client();
+        client.request("POST", MESSAGES, &[BEARER, ("x-way", way)], b"{}");
+        let head = client.head();
+        if head.word(1) == "200" {
+            let end = client.body().expect_err(way);
+            assert_ne!(
+                end.kind(),
+                io::ErrorKind::WouldBlock,
+                "{way}: it stays open"
+            );
+        } else {
+            assert_eq!(head.word(1), "502", "{way}");
+        }
+    });
+    mux.assert_recovered(before, 16);
+}
+
+/// What an upstream sends beyond its answer is never taken for the answer to the next request.
+#[test]
+fn what_comes_after_an_answer_is_no_answer_to_the_next() {
+    let up = Upstream::start(|req, conn| {
+        let more = "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nstale";
+        let answer = match req.head.get("x-way").unwrap_or_default() {
+            "" => return conn.respond(200, &[], b"fine"),
+            "sized" => format!("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok{more}"),
+            "chunked" => {
+                format!(
+                    "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n{more}"
+                )
+            }
+            "no content" => format!("HTTP/1.1 204 No Content\r\n\r\n{more}"),
+            "not modified" => {
+                format!("HTTP/1.1 304 Not Modified\r\ncontent-length: 5\r\n\r\n{more}")
+            }
+            "head" => format!("HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n{more}"),
+            way => panic!("there is no way {way:?}"),
+        };
+        conn.wire.send(answer.as_bytes())
+    });
+    let mux = start(&up);
+    for way in ["sized", "chunked", "no content", "not modified", "head"] {
+        for _ in 0..5 {
+            let method = if way == "head" { "HEAD" } else { "POST" };
+            let mut client = mux.client();
+            client.request(method, MESSAGES, &[BEARER, ("x-way", way)], b"");
+            let answer = client.answer();
+            assert!(answer.body.is_empty() || answer.text() == "ok", "{way}");
+            assert_eq!(mux.message().text(), "fine", "after {way}");
+        }
+    }
+}
+
+/// Every worker at once waits for an upstream that says nothing; then all are free again.
+#[test]
+fn silence_holds_no_worker_for_ever() {
+    let end = Steps::default();
+    let held = end.clone();
+    let up = Upstream::start(move |req, conn| {
+        match req.head.get("x-way") {
+            None => return conn.respond(200, &[], b"fine"),
+            Some("head") => {}
+            Some(_) => {
+                conn.stream(&[])?;
+                conn.chunk("one")?;
+            }
+        }
+        held.wait(1);
+        conn.cut()
+    });
+    let setup = Setup::new(&up).set("workers", 16);
+    let setup = setup.set("request_timeout", "2s");
+    let mux = setup.set("stream_idle_timeout", "2s").start();
+    let before = mux.warm_footprint();
+    for way in ["head", "body"] {
+        at_once(0..16, |_| {
+            let mut client = mux.client();
+            client.request("POST", MESSAGES, &[BEARER, ("x-way", way)], b"{}");
+            if way == "head" {
+                assert_eq!(client.answer().status, 504);
+            } else {
+                client.head();
+                assert_eq!(client.text(), "one");
+                client.piece().expect_err("an end that is no end");
+            }
+        });
+    }
+    mux.assert_recovered(before, 16);
+    end.advance();
+}
+
+#[test]
+fn an_upstream_that_refuses_leaves_the_other_provider_alone() {
+    let (up, gone) = (Upstream::plain(), Upstream::plain());
+    let setup = Setup::new(&up).set("workers", 16);
+    let mux = setup.provider(1, "base_url", gone.url()).start();
+    let before = mux.warm_footprint();
+    drop(gone);
+    at_once(0..128, |number| {
+        if number % 2 == 0 {
+            let answer = mux.ask("POST", RESPONSES, &[], b"{}");
+            assert_eq!(answer.status, 502);
+            answer.error();
+        } else {
+            assert_eq!(mux.message().text(), "fine");
+        }
+    });
+    mux.assert_recovered(before, 16);
+}
+
+/// Idle connections that upstream closes under load: one that was closed in the very instant it was used
+/// may be seen to fail, but each of them once.
+#[test]
+fn an_upstream_that_closes_its_idle_connections() {
+    let up = Upstream::plain();
+    let mux = start(&up);
+    let before = mux.warm_footprint();
+    for _ in 0..10 {
+        at_once(0..16, |_| assert_eq!(mux.message().text(), "fine"));
+        up.close_connections();
+        assert_eq!(mux.message().text(), "fine");
+    }
+    mux.assert_recovered(before, 16);
+}
+
+#[test]
+fn certificates_that_do_not_verify() {
+    let theirs = Authority::new();
+    let up = Upstream::tls(&theirs, |_, conn| conn.respond(200, &[], b"fine"));
+    let setup = Setup::new(&up).set("workers", 16);
+    let others = setup.write("others.pem", Authority::new().cert_pem);
+    let mux = setup.env("SSL_CERT_FILE", others).start();
+    let health = || mux.client().request("GET", "/healthz", &[], b"").answer();
+    assert_eq!(health().status, 200);
+    let before = mux.footprint();
+    at_once(0..64, |_| {
+        let answer = mux.message();
+        assert_eq!(answer.status, 502);
+        answer.error();
+    });
+    assert_eq!(up.requests().len(), 0, "no token went there");
+    assert_eq!(health().status, 200);
+    mux.assert_settled(before, 16);
+}
