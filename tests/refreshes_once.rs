@@ -162,6 +162,27 @@ fn a_token_that_ends_within_a_minute_is_refreshed_before_it_is_used() {
     assert_ne!(up.requests()[0].bearer(), login.access);
 }
 
+/// In its last minute one request renews the token; the others need not wait for that one.
+#[test]
+fn in_the_last_minute_one_refreshes_and_the_others_use_the_old_token() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let go = held(&up);
+    let login = up.login("claude", 45);
+    login::save(&mux.state(), "claude", &login.claude());
+    let mut first = mux.client();
+    first.request("POST", MESSAGES, &[BEARER], b"{}");
+    up.wait(1, Request::is_refresh);
+    for _ in 0..5 {
+        assert_eq!(mux.message().status, 200);
+    }
+    assert!(up.requests().iter().all(|r| r.bearer() == login.access));
+    go.advance();
+    assert_eq!(first.answer().status, 200);
+    assert_eq!(up.requests()[5].bearer(), new_access(&mux));
+    assert_eq!(up.refreshes().len(), 1);
+}
+
 #[test]
 fn a_client_that_hangs_up_does_not_stop_a_refresh() {
     let up = Upstream::plain();
