@@ -244,6 +244,7 @@ fn a_clients_text_cannot_break_a_line() {
             .send(format!("{raw}\r\nhost: x\r\nx-api-key: {TOKEN}\r\n\r\n"))
             .rest();
     }
+    mux.wait_log("path=/claude/v1/aaa");
     mux.wait_log_times("status=", 2);
     for line in mux.log().lines() {
         assert!(

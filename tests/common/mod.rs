@@ -71,6 +71,7 @@ impl Folder {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = env::temp_dir().join(format!("ai-mux-test-{}-{number}", std::process::id()));
+        let _ = fs::remove_dir_all(&path); // of a process that had this id and was killed
         fs::create_dir_all(&path).expect("make a folder");
         Folder(path)
     }
