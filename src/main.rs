@@ -92,6 +92,8 @@ const LINGER_TIME: Duration = Duration::from_secs(2);
 const PICKUP_TIME: Duration = Duration::from_secs(5);
 /// Client connections beyond those that workers serve: each is a thread of some 10 KiB.
 const SPARE_CONNECTIONS: u64 = 1024;
+/// New connections that the kernel may queue for us; it resets some beyond that.
+const BACKLOG: i32 = 4096;
 /// Descriptors for listeners, log, files, name resolution and token calls; and per worker, for
 /// its inner connection (three, as tiny_http clones its end) and one upstream.
 const SPARE_DESCRIPTORS: u64 = 32;
@@ -578,6 +580,7 @@ fn listen(config: &Config) -> Result<Vec<TcpListener>, Error> {
     for mut address in addresses {
         address.set_port(port.unwrap_or(address.port()));
         outcome = TcpListener::bind(address).and_then(|listener| {
+            rustix::net::listen(&listener, BACKLOG)?; // std asks for 128
             listener.set_nonblocking(true)?;
             port = Some(listener.local_addr()?.port());
 
