@@ -3,52 +3,53 @@
 //! keeps that one fresh and safely on disk, and streams the answer back as it comes.
 //!
 //! ```text
-//! client ══ TCP/TLS ══> gate ── head only ──> tiny_http ──> queue ──> worker ──> ureq ══> upstream
-//!    ^                   │ one of N inner connections                   │
-//!    │                   └─ parks the client's stream ────────────────> takes it: token, body,
-//!    └───────────────────────── answer, piece by piece ──────────────── then gives it back
+//! client ══ TCP/TLS ══> gate ── request line ──> tiny_http ──> queue ──> worker ──> ureq ══> upstream
+//!    ^                   │  over the inner connection                      │
+//!    │                   └─ parks the client's stream ─────────────────> takes it: token, body,
+//!    └───────────────────────── answer, piece by piece ────────────────── then gives it back
 //!
 //! credential file <── worker or keeper, one at a time ──> token endpoint
 //! ```
 //!
-//! tiny_http parses, queues and hands out requests, but never meets the network: on its own it
-//! has no deadlines, hangs under a burst of connections, and aborts on an absurd Content-Length.
-//! The **gate** meets the network: it reads one head, refuses what is malformed or ambiguous,
-//! *parks* the client's stream as an **exchange** under a number, and passes the head alone, that
-//! number first, to tiny_http over an **inner connection**. The **worker** that gets the request
-//! takes the exchange, is the only one to read the body and write the answer, and ends with a
-//! **verdict** on what becomes of the stream. An inner connection checked out is a **permit**:
-//! there are as many as workers, so who holds one has a free worker. A **reply** is an answer of
-//! ai-mux's own; everything else that a client hears comes from **upstream**.
+//! The **gate** is one thread that meets all clients: it takes in what they send without ever
+//! waiting for one of them, and refuses what is malformed or ambiguous. A whole head becomes an
+//! **exchange**, which is *parked* under a number; the request line and that number go to
+//! tiny_http over the **inner connection**, and tiny_http hands them to one of the **workers**,
+//! as many as there are at most: the gate lends out no more than are free. tiny_http never meets
+//! the network, where it has no deadlines, hangs under a burst, and aborts on an absurd length.
+//! The worker takes the exchange, is the only one to read the body and write the answer, waiting
+//! as long as it must, and ends with a **verdict** on what becomes of the stream. A **reply** is
+//! an answer of ai-mux's own; everything else that a client hears comes from **upstream**.
 //!
 //! The file reads from the story to the reference: limits, main, gate, server, handler,
 //! credential, upstream, stream, config, replies and errors, log. A callee stands below its caller.
 
 #![forbid(unsafe_code)]
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Display;
-use std::fs::{self, DirBuilder, File};
-use std::io::{self, BufRead, ErrorKind, IoSlice, Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::io::{self, BufRead, ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::num::NonZeroU16;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use log::{LevelFilter, debug, error, info, warn};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
-use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer, de::DeserializeOwned, de::Error as _};
 use serde_json::{Value, json};
-use serde_yaml::Value as Yaml;
+use serde_yaml::{Mapping, Value as Yaml};
 use subtle::ConstantTimeEq;
 use tiny_http::Request;
 use ureq::http::header::{AUTHORIZATION, CONTENT_LENGTH, TRANSFER_ENCODING};
@@ -73,8 +74,10 @@ const LINE_SIZE: usize = 8 << 10;
 const HEAD_TIME: Duration = Duration::from_secs(10);
 /// Between two requests. Clients pool connections for a minute or two.
 const IDLE_TIME: Duration = Duration::from_secs(300);
-/// How long a connection must have been idle to make room: its thread may be about to wake.
-const IDLE_MIN: Duration = Duration::from_millis(100);
+/// How long all wait when there is no room, or no descriptor, for another connection.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// What is taken from a client in one go: a head and a small body.
+const CHUNK_SIZE: usize = 8 << 10;
 /// A request body; both vendors refuse larger ones themselves.
 const BODY_SIZE: u64 = 64 << 20;
 /// The part of a body that is held in memory so that it can be sent a second time.
@@ -88,16 +91,16 @@ const PIECE_TIME: Duration = Duration::from_secs(30);
 /// How much of an unread body is taken after a reply, so that the client comes to read it.
 const LINGER_SIZE: usize = 1 << 20;
 const LINGER_TIME: Duration = Duration::from_secs(2);
-/// A head that no worker has picked up by then was lost inside tiny_http.
-const PICKUP_TIME: Duration = Duration::from_secs(5);
-/// Client connections beyond those that workers serve: each is a thread of some 10 KiB.
+/// How long a worker keeps a stack that grew before a new thread takes its place.
+const REST_TIME: Duration = Duration::from_secs(15);
+/// Client connections beyond those that workers serve.
 const SPARE_CONNECTIONS: u64 = 1024;
 /// New connections that the kernel may queue for us; it resets some beyond that.
 const BACKLOG: i32 = 4096;
-/// Descriptors for listeners, log, files, name resolution and token calls; and per worker, for
-/// its inner connection (three, as tiny_http clones its end) and one upstream.
+/// Descriptors for listener, log, files, the inner connection and token calls; and per worker,
+/// for an upstream in use, one kept, and a file or a name to look up.
 const SPARE_DESCRIPTORS: u64 = 32;
-const WORKER_DESCRIPTORS: u64 = 4;
+const WORKER_DESCRIPTORS: u64 = 3;
 /// Virtual size of our threads' stacks; debug builds of the TLS code need the most.
 const STACK_SIZE: usize = 512 << 10;
 /// ureq's buffers, per upstream connection: an answer's head must fit the first, a header line
@@ -109,7 +112,7 @@ const UPSTREAM_IDLE: Duration = Duration::from_secs(15);
 /// A credential file; real ones have 1 to 10 KiB.
 const FILE_SIZE: u64 = 1 << 20;
 /// A file changed this recently may change again within one tick of its clock.
-const SETTLE_TIME: Duration = Duration::from_secs(2);
+const SETTLE_TIME: i64 = 2; // seconds
 /// A call to a token endpoint, and its answer.
 const TOKEN_TIME: Duration = Duration::from_secs(30);
 const TOKEN_SIZE: u64 = 64 << 10;
@@ -123,9 +126,9 @@ const BACKOFF_MIN: Duration = Duration::from_secs(5);
 const BACKOFF_MAX: Duration = Duration::from_secs(300);
 /// The longest `Retry-After` that is honoured, lest a mistake shut a provider for weeks.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(86400);
-/// After a signal: for running requests, and for a refresh until it is saved.
+/// After a signal: for running requests, and after those for a refresh until it is saved.
 const DRAIN_TIME: Duration = Duration::from_secs(10);
-const STOP_TIME: Duration = Duration::from_secs(30);
+const SAVE_TIME: Duration = Duration::from_secs(20);
 /// How often the certificate files are looked at.
 const RENEWAL_CHECK: Duration = Duration::from_secs(5);
 
@@ -166,18 +169,24 @@ fn run() -> Result<(), Error> {
     };
     let config = Config::load(path)?;
     start_log(config.log_level);
-    let signal = signals().map_err(|e| Error::start("register for signals", e))?;
     let _claim = claim(&config.state_dir)?;
-    let gate = Gate::open(&config)?;
-    let listeners = listen(&config)?;
-    let keepers = gate.proxy.start_keepers(config.refresh_check_interval);
-    let keepers = keepers.map_err(|e| Error::start("start a thread", e))?;
-    gate.accept(listeners, &signal);
+    let mut gate = Gate::open(config)?;
+    let proxy = gate.proxy.clone();
+    let credentials = || proxy.upstreams.iter().map(|u| &u.credential);
+    // Each keeper drops its end of a channel when it ends.
+    let (keeping, ended) = mpsc::channel::<()>();
+    for credential in credentials().cloned() {
+        let keeping = keeping.clone();
+        let keep = move || (credential.keep(), drop(keeping)).1;
+        spawn("keeper", keep).map_err(|e| Error::start("start a thread", e))?;
+    }
+    drop(keeping);
 
-    info!("stopping, once running requests and refreshes have ended");
-    let deadline = Instant::now() + STOP_TIME;
-    gate.drain(Instant::now() + DRAIN_TIME);
-    gate.proxy.stop_keepers(keepers, deadline);
+    let deadline = gate.run() + SAVE_TIME;
+    credentials().for_each(|credential| credential.stop());
+    if ended.recv_timeout(left_until(deadline)) == Err(RecvTimeoutError::Timeout) {
+        error!("a refresh did not end in time; what it brings is lost");
+    }
     info!("stopped");
     Ok(())
 }
@@ -187,365 +196,259 @@ fn print(text: &str) -> Result<(), Error> {
     printed.map_err(|e| Error::start("print", e))
 }
 
-/// The read end of a pipe that gets a byte at the first SIGTERM or SIGINT; the second one ends
-/// the process at once, with exit code 1.
-fn signals() -> io::Result<UnixStream> {
-    use signal_hook::{consts, flag, low_level};
-    let (reader, writer) = UnixStream::pair()?;
-    let seen = Arc::new(AtomicBool::new(false));
-    for signal in [consts::SIGTERM, consts::SIGINT] {
-        flag::register_conditional_shutdown(signal, 1, seen.clone())?;
-        flag::register(signal, seen.clone())?;
-        low_level::pipe::register(signal, writer.try_clone()?)?;
-    }
-    Ok(reader)
-}
-
 /// Creates the state folder, private, and locks it: two processes that refresh one login with
 /// the same single-use token would end it. The lock lives as long as the file it returns.
 fn claim(folder: &Path) -> Result<File, Error> {
-    let what = format!("state_dir {}", folder.display());
+    let failed = |e: &dyn Display| Error::start(format!("state_dir {}", folder.display()), e);
     let created = DirBuilder::new().recursive(true).mode(0o700).create(folder);
     let opened = created.and_then(|()| File::open(folder));
-    let claim = opened.map_err(|e| Error::start(&what, e))?;
-    let locked = claim.try_lock().map(|()| claim);
-    locked.map_err(|e| Error::start(what, format!("another ai-mux uses it ({e})")))
+    let claim = opened.map_err(|e| failed(&e))?;
+    let locked = claim.try_lock();
+    locked.map_err(|e| failed(&format!("another ai-mux uses it ({e})")))?;
+    Ok(claim)
 }
 
 /// Takes a lock whatever a panicking thread left behind: every state here is valid after each
-/// statement. Nothing is waited for while a lock is held, but for a credential's `turn`, and for a proof.
+/// statement. Nothing is waited for while one is held.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>, time: Duration) -> MutexGuard<'a, T> {
-    let outcome = condvar.wait_timeout(guard, time);
-    outcome.unwrap_or_else(PoisonError::into_inner).0
 }
 
 fn left_until(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now())
 }
 
-fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
-    let thread = thread::Builder::new().stack_size(STACK_SIZE);
-    thread.name(name.into()).spawn(work)
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let thread = thread::Builder::new().name(name.into());
+    thread.stack_size(STACK_SIZE).spawn(work).map(drop)
 }
 
 // ─── gate ────────────────────────────────────────────────────────────────────────────────────
-// In: client connections. Out: to tiny_http, heads that are well-formed and unambiguous, each
-// with its exchange parked; to the client, only what is decided without a worker: a malformed
-// head, a health answer, a full pool. No body passes here but what is drained after a reply.
+// In: client connections, verdicts, signals. Out: exchanges for the workers, whose heads are
+// well-formed and unambiguous; to the client, only what is decided without a worker: a malformed
+// head, a health answer, a full pool. One thread, and all of it its own but what is parked; it
+// waits for all clients and for none. No body passes but what is drained after a last answer.
 
-#[derive(Default)]
 struct Gate {
-    proxy: Proxy,
-    /// A certificate's files, how they looked when last read, and what TLS makes of them.
-    files: Option<TlsFiles>,
-    seen: Mutex<Option<[Option<Stamp>; 2]>>,
-    tls: Mutex<Option<Arc<rustls::ServerConfig>>>,
-    /// How long a request waits for a permit: `request_timeout`.
-    patience: Duration,
-    /// How many connections there may be.
+    proxy: Arc<Proxy>,
+    /// Until a signal comes.
+    listener: Option<TcpListener>,
+    tls: Option<Tls>,
+    /// How many connections there may be, and those without an exchange, the quietest first.
     capacity: usize,
-    /// By number; touched when a connection comes, goes, or turns from idle to busy and back.
-    connections: Mutex<HashMap<u64, Connection>>,
-    /// A connection has gone.
-    gone: Condvar,
-    stopping: AtomicBool,
-    /// The last number of a connection or an exchange.
-    last: AtomicU64,
-    /// Exchanges that no worker has picked up yet, by number.
-    parked: Mutex<HashMap<u64, Parked>>,
-    /// Where inner connections are made: `socket` in a private folder that ends with us.
+    visitors: Vec<Stream>,
+    /// How many exchanges there are, and the number of the last one.
+    exchanges: usize,
+    number: u64,
+    verdicts: Receiver<Verdict>,
+    /// Gets a byte for each verdict and each signal.
+    bell: UnixStream,
+    stopping: Arc<AtomicBool>,
+    /// Where tiny_http listens: `socket` in a private folder that ends with us.
     inner_folder: PathBuf,
-    /// Inner connections not checked out, exactly `workers`; `None` is one still to be opened.
-    permits: Mutex<Vec<Option<UnixStream>>>,
-    /// Held until a new one is proven, for a burst of new ones would leave tiny_http dead to most
-    /// of them (tiny_http 0.12, util/task_pool.rs: it counts waiting threads that have work).
-    opening: Mutex<()>,
-    /// A permit has come back.
-    freed: Condvar,
+    inner: Option<UnixStream>,
+    /// The log knows that new connections wait.
+    warned: bool,
 }
 
-/// What the gate remembers of a connection that some thread serves.
-struct Connection {
-    socket: Arc<TcpStream>,
-    /// Since when no request of it is being served; `None` while one is.
-    idle: Option<Instant>,
-}
-
-/// An exchange and its log line, with the only sender of its verdict. One without an exchange
-/// proves an inner connection: that a worker took it is all it tells.
-type Parked = (Option<(Exchange, Access)>, Sender<Verdict>);
-
-/// What a worker says becomes of a stream. A worker that says nothing has broken it.
-enum Verdict {
-    /// Answered whole: the next head may come.
-    Next(Stream),
-    /// Answered for the last time: shut for writing, and drained so that the client reads it.
-    Linger(Stream),
-    /// The connection is gone, without a final chunk or TLS close_notify.
-    Broken,
-}
+/// What becomes of a stream after an answer. `None`: the connection is gone, without a final
+/// chunk or TLS close_notify. Else the next head may come; or, if the stream is leaving, no more.
+type Verdict = Option<Stream>;
 
 impl Gate {
-    fn open(config: &Config) -> Result<Arc<Gate>, Error> {
-        let failed = |e| Error::start("open the inner connections", e);
-        let (workers, capacity) = descriptors(config.workers as u64);
-        let (listener, inner_folder) = inner_listener(&config.state_dir).map_err(failed)?;
-        let gate = Arc::new(Gate {
-            proxy: Proxy::new(config)?,
-            files: config.tls.clone(),
-            patience: config.request_timeout,
+    fn open(config: Config) -> Result<Gate, Error> {
+        let failed = |e| Error::start("start", e);
+        let (workers, capacity) = descriptors(config.workers.get().into());
+        let listener = listen(&config.listen)?;
+        let (bell, ring) = UnixStream::pair().map_err(failed)?;
+        let stopping = signals(&ring).map_err(failed)?;
+        let (verdict, verdicts) = mpsc::channel();
+        let tls = config.tls.clone();
+        let proxy = Arc::new(Proxy::new(config, verdict, ring)?);
+        let inner_folder = serve(&proxy, workers).map_err(failed)?;
+        Ok(Gate {
+            proxy,
+            listener: Some(listener),
+            tls,
             capacity,
+            visitors: Vec::new(),
+            exchanges: 0,
+            number: 0,
+            verdicts,
+            bell,
+            stopping,
             inner_folder,
-            ..Gate::default()
-        });
-        gate.renew().map_err(Error::config)?;
-        serve(listener, workers, &gate).map_err(failed)?;
-        let first = gate.connect().map_err(failed)?;
-        lock(&gate.permits).resize_with(workers - 1, || None);
-        lock(&gate.permits).push(Some(first));
-        Ok(gate)
+            inner: None,
+            warned: false,
+        })
     }
 
-    /// Accepts connections until a signal comes: a thread for each, the longest idle one making
-    /// room at the cap. While all are busy, or descriptors have run out, new ones wait in the
-    /// listeners' queues.
-    fn accept(self: &Arc<Gate>, listeners: Vec<TcpListener>, signal: &UnixStream) {
-        for address in listeners.iter().filter_map(|l| l.local_addr().ok()) {
-            if self.proxy.users.is_empty() && !address.ip().is_loopback() {
-                warn!("no users configured: whoever reaches {address} uses your subscription");
-            }
-            let secure = if self.files.is_some() { "s" } else { "" };
-            info!("listening on http{secure}://{address}");
-        }
-        let mut warned = false;
-        let pause = self
-            .files
-            .as_ref()
-            .and_then(|_| RENEWAL_CHECK.try_into().ok());
-        loop {
-            let mut sources = vec![PollFd::new(signal, PollFlags::IN)];
-            sources.extend(listeners.iter().map(|l| PollFd::new(l, PollFlags::IN)));
-            let _ = poll(&mut sources, pause.as_ref()); // if interrupted, nothing is ready
-            let mut ready = sources.iter().map(|s| !s.revents().is_empty());
-            if ready.next() == Some(true) {
-                return;
-            }
-            if let Err(e) = self.renew() {
-                error!("{e}; the old certificate stays in use");
-            }
-            for (_, listener) in ready.zip(&listeners).filter(|(ready, _)| *ready) {
-                match self.admit(listener) {
-                    Ok(()) => warned = false,
-                    Err(e) if e.kind() == ErrorKind::WouldBlock => {} // it has gone again
-                    Err(e) => {
-                        if !std::mem::replace(&mut warned, true) {
-                            warn!("new connections wait: {e}");
-                        }
-                        self.close_idle(IDLE_MIN);
-                        thread::sleep(Duration::from_millis(50));
-                    }
+    /// Serves until a signal comes and what runs then has ended, or had its time: until when.
+    fn run(&mut self) -> Instant {
+        self.announce();
+        let mut end = None;
+        while end.is_none_or(|end| self.count() > 0 && !left_until(end).is_zero()) {
+            let (knock, spoken) = self.wait(end);
+            for (stream, spoken) in std::mem::take(&mut self.visitors).into_iter().zip(spoken) {
+                match spoken || stream.is_due() {
+                    // A panic would cost this connection, and no other.
+                    true => drop(catch_unwind(AssertUnwindSafe(|| self.visit(stream)))),
+                    false => self.visitors.push(stream),
                 }
             }
+            while let Ok(verdict) = self.verdicts.try_recv() {
+                self.settle(verdict);
+            }
+            self.take_back();
+            if knock {
+                self.admit();
+            }
+            self.tls.iter_mut().for_each(Tls::renew);
+            if end.is_none() && self.stopping.load(Ordering::SeqCst) {
+                info!("stopping, once running requests and refreshes have ended");
+                end = Some(Instant::now() + DRAIN_TIME);
+                self.listener = None;
+                self.visitors.retain(|stream| stream.leaving.is_some());
+            }
         }
+        if self.exchanges > 0 {
+            warn!("{} requests still ran and are cut short", self.exchanges);
+        }
+        remove_inner(&self.inner_folder);
+        end.unwrap_or_else(Instant::now)
     }
 
-    /// Takes the certificate from its files, where they are others than before.
-    fn renew(&self) -> Result<(), String> {
-        let stamps = self.files.as_ref().map(TlsFiles::stamps);
-        let seen = std::mem::replace(&mut *lock(&self.seen), stamps);
-        let Some(files) = self.files.as_ref().filter(|_| seen != stamps) else {
+    fn announce(&self) {
+        let address = self.listener.as_ref().and_then(|l| l.local_addr().ok());
+        let Some(address) = address else { return };
+        if self.proxy.config.users.is_empty() && !address.ip().is_loopback() {
+            warn!("no users configured: whoever reaches {address} uses your subscription");
+        }
+        let secure = if self.tls.is_some() { "s" } else { "" };
+        info!("listening on http{secure}://{address}");
+    }
+
+    fn count(&self) -> usize {
+        self.visitors.len() + self.exchanges
+    }
+
+    /// Waits until something happens or is due: whether a client knocks, which visitors spoke.
+    fn wait(&self, end: Option<Instant>) -> (bool, Vec<bool>) {
+        let first = |parked: &BTreeMap<_, Exchange>| Some(parked.values().next()?.stream.due());
+        let parked = first(&lock(&self.proxy.parked));
+        let renewal = self.tls.as_ref().map(|tls| tls.next);
+        let dues = [end, parked, renewal].into_iter().flatten();
+        let due = dues.chain(self.visitors.iter().map(Stream::due)).min();
+        let time = due.and_then(|due| left_until(due).try_into().ok());
+
+        let mut sources = vec![self.bell.as_fd()];
+        sources.extend(self.visitors.iter().map(|s| s.socket.tcp.as_fd()));
+        sources.extend(self.listener.as_ref().map(|l| l.as_fd()));
+        let sources = sources.iter().map(|fd| PollFd::new(fd, PollFlags::IN));
+        let mut sources: Vec<_> = sources.collect();
+        let _ = poll(&mut sources, time.as_ref()); // if interrupted, nothing is ready
+        let mut ready = sources.iter().map(|source| !source.revents().is_empty());
+        if ready.next() == Some(true) {
+            let _ = (&self.bell).read(&mut [0; 64]);
+        }
+        let spoken = ready.by_ref().take(self.visitors.len()).collect();
+        (ready.next() == Some(true), spoken)
+    }
+
+    /// Lets in whoever knocks, or has them wait for a moment.
+    fn admit(&mut self) {
+        let admitted = self.accept();
+        if let Err(e) = &admitted {
+            if !self.warned {
+                warn!("new connections wait: {e}");
+            }
+            self.make_room();
+            thread::sleep(ACCEPT_PAUSE);
+        }
+        self.warned = admitted.is_err();
+    }
+
+    fn accept(&mut self) -> io::Result<()> {
+        if self.count() >= self.capacity && !self.make_room() {
+            return Err(io::Error::other("all that there may be are busy"));
+        }
+        let Some(listener) = &self.listener else {
             return Ok(());
         };
-        let pair = files.load().map_err(|e| format!("tls.{e}"))?;
-        let pair = SingleCertAndKey::from(Arc::unwrap_or_clone(pair));
-        let config = rustls::ServerConfig::builder().with_no_client_auth();
-        let mut config = config.with_cert_resolver(Arc::new(pair));
-        config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        *lock(&self.tls) = Some(Arc::new(config));
-        info!("tls: the certificate {} is in use", files.cert.display());
+        let (tcp, peer) = match listener.accept() {
+            Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()), // it has gone again
+            accepted => accepted?,
+        };
+        tcp.set_nonblocking(true)?;
+        tcp.set_nodelay(true)?;
+        let tls = self.tls.as_ref().map(|tls| tls.config.clone());
+        let tls = tls.map(rustls::ServerConnection::new).transpose();
+        let tls = tls.map_err(io::Error::other)?;
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+        self.visitors.push(Stream::new(tcp, peer, tls));
         Ok(())
     }
 
-    fn admit(self: &Arc<Gate>, listener: &TcpListener) -> io::Result<()> {
-        let full = lock(&self.connections).len() >= self.capacity;
-        if full && self.close_idle(IDLE_MIN).is_none() {
-            return Err(io::Error::other("all that there may be are busy"));
-        }
-        let (tcp, peer) = listener.accept()?;
-        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-        tcp.set_nonblocking(false)?;
-        tcp.set_nodelay(true)?;
-        let number = self.last.fetch_add(1, Ordering::Relaxed);
-        let (socket, idle) = (Arc::new(tcp), Some(Instant::now()));
-        let shared = socket.clone();
-        lock(&self.connections).insert(number, Connection { socket, idle });
-        let gate = self.clone();
-        let thread = spawn("client", move || {
-            // After a panic the connection is closed, and its place free, as after any other end.
-            let _ = catch_unwind(AssertUnwindSafe(|| gate.converse(number, shared, peer)));
-            gate.forget(number);
-        });
-        thread.map(drop).inspect_err(|_| self.forget(number))
+    /// Closes the visitor that has been quiet longest, if there is one.
+    fn make_room(&mut self) -> bool {
+        let quietest = (!self.visitors.is_empty()).then(|| self.visitors.remove(0));
+        quietest.is_some()
     }
 
-    fn forget(&self, number: u64) {
-        lock(&self.connections).remove(&number);
-        self.gone.notify_all();
-    }
-
-    /// Shuts the longest idle connection; its thread then ends by itself. One that has been idle
-    /// for less than `since`, or whose next request has come already, is not.
-    fn close_idle(&self, since: Duration) -> Option<Connection> {
-        let mut connections = lock(&self.connections);
-        let idle = connections.iter().filter_map(|(n, c)| Some((c.idle?, *n)));
-        let mut idle: Vec<_> = idle.filter(|(at, _)| at.elapsed() >= since).collect();
-        idle.sort_unstable();
-        let quiet = |(_, number): &&(Instant, u64)| {
-            let source = PollFd::new(&*connections[number].socket, PollFlags::IN);
-            poll(&mut [source], Some(&Timespec::default())) == Ok(0)
-        };
-        let (_, longest) = *idle.iter().find(quiet)?;
-        let closed = connections.remove(&longest)?;
-        let _ = closed.socket.shutdown(Shutdown::Both);
-        Some(closed)
-    }
-
-    /// One client connection, from handshake to close: a head, an exchange, a verdict, again.
-    fn converse(&self, number: u64, socket: Arc<TcpStream>, peer: SocketAddr) {
-        let mut stream = Stream::new(socket);
-        let tls = lock(&self.tls).clone();
-        if let Some(Err(e)) = tls.map(|tls| stream.handshake(tls)) {
-            return debug!("peer={peer} TLS handshake: {e}");
-        }
-        while self.turn(number, true) {
-            let verdict = match stream.read_head() {
-                Ok(Some(head)) if self.turn(number, false) => self.exchange(stream, head, peer),
-                Ok(_) => return,
-                Err(reply) => refuse(stream, Access::new(peer, "-", "-"), reply, true),
-            };
-            match verdict {
-                Verdict::Next(next) => stream = next,
-                Verdict::Linger(last) => return last.linger(),
-                Verdict::Broken => return,
+    /// Reads on what a visitor sends. A whole head begins an exchange.
+    fn visit(&mut self, mut stream: Stream) {
+        let head = match stream.read_on() {
+            Ok(Some(head)) => head,
+            Ok(None) => return self.visitors.push(stream),
+            Err(Fault::Broken(why)) => return debug!("peer={} closed: {why}", stream.peer),
+            Err(Fault::Reply(reply)) => {
+                self.exchanges += 1;
+                return self.settle(Exchange::new(stream, Head::malformed()).refuse(reply));
             }
-        }
-    }
-
-    /// Notes whether a connection is idle; false when it was closed to make room, or is to end
-    /// because the program does.
-    fn turn(&self, number: u64, idle: bool) -> bool {
-        let mut connections = lock(&self.connections);
-        let stopping = idle && self.stopping.load(Ordering::SeqCst);
-        let known = connections.get_mut(&number);
-        known.map(|c| c.idle = idle.then(Instant::now)).is_some() && !stopping
-    }
-
-    /// One request: answered here, or by a worker to whom the stream is lent.
-    fn exchange(&self, stream: Stream, head: Head, peer: SocketAddr) -> Verdict {
-        let access = Access::new(peer, &head.method, path_of(&head.target));
-        let last = head.close || head.framing != Framing::Empty;
-        if head.is_health() {
-            return refuse(stream, access, Reply::new(200, self.proxy.health()), last);
-        }
-        let Some(permit) = self.permit() else {
-            let busy = Reply::new(503, "all workers are busy; raise `workers`, or wait");
-            let busy = busy.retry_after(Duration::from_secs(1));
-            return refuse(stream, access, busy, last);
         };
-        let number = self.last.fetch_add(1, Ordering::Relaxed);
-        let text = head.inner(number);
-        let worker = self.park(number, Some((Exchange::new(stream, head), access)));
-        let mut sent = self.send(permit, &text);
-        let verdict = worker.recv_timeout(PICKUP_TIME).unwrap_or_else(|_| {
-            // Late, not sent, or broken: if the exchange is gone, a worker has it.
-            let parked = lock(&self.parked).remove(&number);
-            let Some((Some((exchange, access)), _)) = parked else {
-                return worker.recv().unwrap_or(Verdict::Broken);
+        self.exchanges += 1;
+        if head.is_health() {
+            let health = Reply::new(200, self.proxy.health());
+            return self.settle(Exchange::new(stream, head).refuse(health));
+        }
+        self.number += 1;
+        let line = head.line(self.number);
+        stream.socket.until = Instant::now() + self.proxy.config.request_timeout;
+        lock(&self.proxy.parked).insert(self.number, Exchange::new(stream, head));
+        let sent = self.send(&line);
+        self.inner = sent.inspect_err(|e| error!("tiny_http: {e}")).ok();
+    }
+
+    /// Sends a request line to tiny_http, which reads it at once.
+    fn send(&mut self, line: &str) -> io::Result<UnixStream> {
+        let connect = || UnixStream::connect(self.inner_folder.join("socket"));
+        let mut inner = self.inner.take().map_or_else(connect, Ok)?;
+        inner.write_all(line.as_bytes()).map(|()| inner)
+    }
+
+    /// Takes back what no worker has picked up in time.
+    fn take_back(&mut self) {
+        loop {
+            let mut parked = lock(&self.proxy.parked);
+            let late = parked.first_entry().filter(|e| e.get().stream.is_due());
+            let Some(exchange) = late.map(|entry| entry.remove()) else {
+                return;
             };
-            error!("tiny_http lost a head ({sent:?}); its inner connection is replaced");
-            sent = Err(ErrorKind::TimedOut.into());
-            refuse(exchange.stream, access, Reply::internal(), last)
-        });
-        lock(&self.permits).push(sent.ok());
-        self.freed.notify_one();
-        verdict
-    }
-
-    /// A permit: an inner connection, and with it a worker's time.
-    fn permit(&self) -> Option<Option<UnixStream>> {
-        let deadline = Instant::now() + self.patience;
-        let mut permits = lock(&self.permits);
-        while permits.is_empty() && !left_until(deadline).is_zero() {
-            permits = wait(&self.freed, permits, left_until(deadline));
-        }
-        permits.pop()
-    }
-
-    fn send(&self, permit: Option<UnixStream>, head: &str) -> io::Result<UnixStream> {
-        let mut connection = permit.map_or_else(|| self.connect(), Ok)?;
-        connection.write_all(head.as_bytes())?;
-        Ok(connection)
-    }
-
-    fn park(&self, number: u64, lent: Option<(Exchange, Access)>) -> Receiver<Verdict> {
-        let (sender, receiver) = mpsc::channel();
-        lock(&self.parked).insert(number, (lent, sender));
-        receiver
-    }
-
-    /// Opens an inner connection and proves it: a worker must pick up a head that came over it.
-    fn connect(&self) -> io::Result<UnixStream> {
-        let _opening = lock(&self.opening);
-        let mut connection = UnixStream::connect(self.inner_folder.join("socket"))?;
-        connection.set_write_timeout(Some(PICKUP_TIME))?;
-        let number = self.last.fetch_add(1, Ordering::Relaxed);
-        let taken = self.park(number, None);
-        let head = format!("HEAD / HTTP/1.1\r\n{EXCHANGE}: {number}\r\n\r\n");
-        connection.write_all(head.as_bytes())?;
-        let _ = taken.recv_timeout(PICKUP_TIME); // there is no verdict, only an end
-        let lost = lock(&self.parked).remove(&number);
-        match lost {
-            Some(_) => Err(io::Error::other("no worker picked a head up")),
-            None => Ok(connection),
+            drop(parked);
+            // Should tiny_http ever lose a head, a new connection serves the next.
+            self.inner = None;
+            let busy = Reply::new(503, "all workers are busy; raise `workers`, or wait");
+            self.settle(exchange.refuse(busy.retry_after(Duration::from_secs(1))));
         }
     }
 
-    /// Closes idle connections and waits for the busy ones.
-    fn drain(&self, deadline: Instant) {
-        self.stopping.store(true, Ordering::SeqCst);
-        while self.close_idle(Duration::ZERO).is_some() {}
-        let mut connections = lock(&self.connections);
-        while !connections.is_empty() && !left_until(deadline).is_zero() {
-            connections = wait(&self.gone, connections, left_until(deadline));
-        }
-        if !connections.is_empty() {
-            warn!("{} requests still ran and are cut short", connections.len());
-        }
-        remove_inner(&self.inner_folder);
+    /// Takes a stream back from its exchange.
+    fn settle(&mut self, verdict: Verdict) {
+        self.exchanges -= 1;
+        let stopping = self.listener.is_none();
+        let settled = verdict.filter(|stream| !stopping || stream.leaving.is_some());
+        self.visitors.extend(settled.map(Stream::rest));
     }
-}
-
-/// The inner socket, in a private folder: in `state_dir`, or among the temporary ones where that
-/// is read-only or its path too long for a socket address (107 bytes, unix(7)).
-fn inner_listener(state_dir: &Path) -> io::Result<(UnixListener, PathBuf)> {
-    let bind = |folder: PathBuf| {
-        remove_inner(&folder); // left behind by kill -9
-        DirBuilder::new().mode(0o700).create(&folder)?;
-        let listener = UnixListener::bind(folder.join("socket"));
-        let listener = listener.inspect_err(|_| remove_inner(&folder))?;
-        Ok::<_, io::Error>((listener, folder))
-    };
-    let temporary = format!("ai-mux-{}", std::process::id());
-    bind(state_dir.join("inner")).or_else(|_| bind(std::env::temp_dir().join(temporary)))
-}
-
-fn remove_inner(folder: &Path) {
-    let _ = fs::remove_file(folder.join("socket"));
-    let _ = fs::remove_dir(folder); // only if it is empty
 }
 
 /// Raises the descriptor limit if it may, and says what it carries: (workers, connections).
@@ -561,54 +464,128 @@ fn descriptors(wanted: u64) -> (usize, usize) {
         warn!("the limit of {limit} open files carries {workers} workers, not {wanted}");
     }
     let rest = rest.saturating_sub(workers * WORKER_DESCRIPTORS).max(1);
-    let capacity = rest.min(workers + SPARE_CONNECTIONS);
-    (workers as usize, capacity as usize)
+    (
+        workers as usize,
+        rest.min(workers + SPARE_CONNECTIONS) as usize,
+    )
 }
 
-/// All listeners of `listen`: for `:PORT` both families, where one socket does not serve both.
-fn listen(config: &Config) -> Result<Vec<TcpListener>, Error> {
-    let failed = |e| Error::start(format!("listen on {}", config.listen), e);
+/// The first SIGTERM or SIGINT sets the flag and rings; the second ends the process at once,
+/// with exit code 1.
+fn signals(ring: &UnixStream) -> io::Result<Arc<AtomicBool>> {
+    use signal_hook::{consts, flag, low_level};
+    let seen = Arc::new(AtomicBool::new(false));
+    for signal in [consts::SIGTERM, consts::SIGINT] {
+        flag::register_conditional_shutdown(signal, 1, seen.clone())?;
+        flag::register(signal, seen.clone())?;
+        low_level::pipe::register(signal, ring.try_clone()?)?;
+    }
+    Ok(seen)
+}
 
-    let any = config.listen.starts_with(':');
-    let named = if any { "[::]" } else { "" }.to_owned() + &config.listen;
+/// Listens on the first address that can be had. `:PORT` is one for IPv6 and IPv4 together, or,
+/// where there is no IPv6, for IPv4.
+fn listen(text: &str) -> Result<TcpListener, Error> {
+    use rustix::net::{AddressFamily, SocketType, bind, listen, socket, sockopt};
+    let open = |address: SocketAddr| {
+        let family = match address {
+            SocketAddr::V4(_) => AddressFamily::INET,
+            SocketAddr::V6(_) => AddressFamily::INET6,
+        };
+        let socket = socket(family, SocketType::STREAM, None)?;
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+        if address.is_ipv6() {
+            sockopt::set_ipv6_v6only(&socket, false)?;
+        }
+        bind(&socket, &address)?;
+        listen(&socket, BACKLOG)?;
+        let listener = TcpListener::from(socket);
+        listener.set_nonblocking(true).map(|()| listener)
+    };
+    let all = format!("[::]{text}");
+    let failed = |e| Error::start(format!("listen on {text}"), e);
+    let named = if text.starts_with(':') { &all } else { text };
     let mut addresses: Vec<_> = named.to_socket_addrs().map_err(failed)?.collect();
-    if any {
-        addresses.push(([0, 0, 0, 0], addresses[0].port()).into()); // "[::]:PORT" is one address
+    if text.starts_with(':') {
+        addresses.push((Ipv4Addr::UNSPECIFIED, addresses[0].port()).into());
     }
-    let (mut listeners, mut port) = (Vec::new(), None);
-    let mut outcome = Err(ErrorKind::NotFound.into());
-    for mut address in addresses {
-        address.set_port(port.unwrap_or(address.port()));
-        outcome = TcpListener::bind(address).and_then(|listener| {
-            rustix::net::listen(&listener, BACKLOG)?; // std asks for 128
-            listener.set_nonblocking(true)?;
-            port = Some(listener.local_addr()?.port());
+    let first = addresses.into_iter().map(open).reduce(Result::or);
+    first
+        .unwrap_or(Err(ErrorKind::NotFound.into()))
+        .map_err(failed)
+}
 
-            listeners.push(listener);
-            Ok(())
-        });
+/// What clients see of us, and the files that it came from.
+#[derive(Clone)]
+struct Tls {
+    config: Arc<rustls::ServerConfig>,
+    cert: PathBuf,
+    key: PathBuf,
+    /// How the files looked when they were last read, and when they are looked at again.
+    seen: [Option<Stamp>; 2],
+    next: Instant,
+}
+
+impl Tls {
+    fn open(cert: PathBuf, key: PathBuf) -> Result<Tls, String> {
+        let seen = [stamp(&cert), stamp(&key)];
+        let config = Tls::load(&cert, &key)?;
+        let next = Instant::now() + RENEWAL_CHECK;
+        Ok(Tls {
+            config,
+            cert,
+            key,
+            seen,
+            next,
+        })
     }
-    if listeners.is_empty() {
-        outcome.map_err(failed)?;
+
+    fn load(cert: &Path, key: &Path) -> Result<Arc<rustls::ServerConfig>, String> {
+        let chain = certificates(cert).map_err(|e| format!("cert_path: {e}"))?;
+        // The parser's own error could quote the key.
+        let pem = PrivateKeyDer::from_pem_file(key);
+        let wrong = |why: &dyn Display| format!("key_path: {}: {why}", key.display());
+        let pem = pem.map_err(|_| wrong(&"found no private key, expected PEM"))?;
+        let config = rustls::ServerConfig::builder().with_no_client_auth();
+        let config = config.with_single_cert(chain, pem);
+        let mut config =
+            config.map_err(|e| wrong(&format!("not the key of {}: {e}", cert.display())))?;
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Ok(Arc::new(config))
     }
-    Ok(listeners)
+
+    /// Takes the certificate from its files, where they are others than before.
+    fn renew(&mut self) {
+        if !left_until(self.next).is_zero() {
+            return;
+        }
+        self.next = Instant::now() + RENEWAL_CHECK;
+        let seen = [stamp(&self.cert), stamp(&self.key)];
+        if std::mem::replace(&mut self.seen, seen) == seen {
+            return;
+        }
+        match Tls::load(&self.cert, &self.key) {
+            Err(e) => error!("tls.{e}; the old certificate stays in use"),
+            Ok(config) => {
+                info!("tls: the certificate {} is in use", self.cert.display());
+                self.config = config;
+            }
+        }
+    }
 }
 
 // ─── gate: the head ──────────────────────────────────────────────────────────────────────────
 // In: the bytes of one head. Out: its parts, checked (RFC 9112 sections 2 to 6), or a reply.
-// What is accepted here, tiny_http reads the same way: no control characters, no bare LF, no
-// folding, one length. Stricter than the RFC where a lenient reading could differ from ours.
-
-/// The field that carries an exchange's number inside; no client may send it.
-const EXCHANGE: &str = "x-ai-mux-exchange";
+// Stricter than the RFC where another reader could understand something else: no control
+// characters, no bare LF, no folding, one length, one Host.
 
 #[derive(Debug, Default)]
 struct Head {
     method: String,
     /// Origin form, as sent: path and query.
     target: String,
-    /// As sent, values trimmed; without the fields that the gate itself acts upon.
-    fields: Vec<(String, String)>,
+    /// As sent, without the fields that the gate itself acts upon.
+    fields: HeaderMap,
     http10: bool,
     host: bool,
     framing: Framing,
@@ -629,11 +606,9 @@ enum Framing {
 }
 
 /// The length of the head at the start of `bytes`, its empty line included, once it is there.
-/// The lines that ended before `from` have been looked at already.
-fn head_end(bytes: &[u8], from: usize) -> Result<Option<usize>, Reply> {
-    let before = bytes[..from].iter().rposition(|b| *b == b'\n');
-    let mut end = before.map_or(0, |at| at + 1);
-    for line in bytes[end..].split_inclusive(|b| *b == b'\n') {
+fn head_end(bytes: &[u8]) -> Result<Option<usize>, Reply> {
+    let mut end = 0;
+    for line in bytes.split_inclusive(|b| *b == b'\n') {
         end += line.len();
         // Of the last one the end may still be to come.
         let ended = line.strip_suffix(b"\r\n");
@@ -652,6 +627,17 @@ fn head_end(bytes: &[u8], from: usize) -> Result<Option<usize>, Reply> {
 }
 
 impl Head {
+    /// Stands for one that could not be read.
+    fn malformed() -> Head {
+        let (method, target) = ("-".into(), "-".into());
+        Head {
+            method,
+            target,
+            close: true,
+            ..Head::default()
+        }
+    }
+
     fn parse(bytes: &[u8]) -> Result<Head, Reply> {
         let mut fields = [httparse::EMPTY_HEADER; FIELD_COUNT];
         let mut request = httparse::Request::new(&mut fields);
@@ -665,6 +651,7 @@ impl Head {
         let mut head = Head {
             method: request.method.unwrap_or_default().to_owned(),
             target: request.path.unwrap_or_default().to_owned(),
+            fields: HeaderMap::with_capacity(request.headers.len()),
             http10,
             close: http10,
             ..Head::default()
@@ -685,8 +672,8 @@ impl Head {
         let chunked = value.eq_ignore_ascii_case("chunked");
         let digits = !value.is_empty() && value.bytes().all(|b| b.is_ascii_digit());
         let hostly = |b: u8| b.is_ascii_alphanumeric() || b"-._~:[]%".contains(&b);
-        match name.to_ascii_lowercase().as_str() {
-            EXCHANGE => return Err("x-ai-mux-exchange is not for clients"),
+        let name = HeaderName::try_from(name).map_err(|_| "a field has a bad name")?;
+        match name.as_str() {
             "content-length" | "transfer-encoding" if framed => return Err("two body lengths"),
             "content-length" if !digits => return Err("Content-Length is not a number"),
             "content-length" => self.framing = Framing::Sized(value.parse().unwrap_or(u64::MAX)),
@@ -700,7 +687,10 @@ impl Head {
             "upgrade" => self.websocket |= items.any(|i| i.eq_ignore_ascii_case("websocket")),
             "host" if self.host || !value.bytes().all(hostly) => return Err("Host is not a host"),
             "host" => self.host = true, // upstream gets one of its own
-            _ => self.fields.push((name.to_owned(), value.to_owned())),
+            _ => {
+                let value = HeaderValue::from_str(value).map_err(|_| "a field has a bad value")?;
+                self.fields.append(name, value);
+            }
         }
         Ok(())
     }
@@ -738,14 +728,11 @@ impl Head {
         }
     }
 
-    /// The head as tiny_http gets it, written anew from checked parts, its number first.
-    fn inner(&self, number: u64) -> String {
+    /// What tiny_http gets of it, written anew from checked parts. The fields are not read a
+    /// second time: they stay with the exchange that the number stands for.
+    fn line(&self, number: u64) -> String {
         let (method, target) = (&self.method, &self.target);
-        let mut text = format!("{method} {target} HTTP/1.1\r\n{EXCHANGE}: {number}\r\n");
-        for (name, value) in &self.fields {
-            text.extend([name, ": ", value, "\r\n"]);
-        }
-        text + "\r\n"
+        format!("{method} {target} HTTP/1.1\r\nx-exchange: {number}\r\n\r\n")
     }
 }
 
@@ -757,35 +744,82 @@ fn path_of(target: &str) -> &str {
 // In: requests from tiny_http. Out: a verdict for each exchange, whatever happens to it, and its
 // line in the access log. A panic in the handler ends here: it costs an answer, not a worker.
 
-fn serve(listener: UnixListener, workers: usize, gate: &Arc<Gate>) -> io::Result<()> {
+/// What the gate and the workers share.
+struct Proxy {
+    config: Config,
+    upstreams: Vec<Upstream>,
+    /// Exchanges that no worker has picked up yet, by number.
+    parked: Mutex<BTreeMap<u64, Exchange>>,
+    verdict: Sender<Verdict>,
+    ring: UnixStream,
+}
+
+/// Starts tiny_http, listening in the folder that is returned, and the workers.
+fn serve(proxy: &Arc<Proxy>, workers: usize) -> io::Result<PathBuf> {
+    let (listener, folder) = inner_listener(&proxy.config.state_dir)?;
     let server = tiny_http::Server::from_listener(listener, None).map_err(io::Error::other)?;
     let server = Arc::new(server);
     for _ in 0..workers {
-        let (server, gate) = (server.clone(), gate.clone());
-        let work = move || loop {
-            match server.recv() {
-                Ok(request) => work(request, &gate),
-                Err(e) => error!("tiny_http: {e}"),
-            }
-        };
-        spawn("worker", work)?;
+        let (server, proxy) = (server.clone(), proxy.clone());
+        spawn("worker", move || work(&server, &proxy))?;
     }
-    Ok(())
+    Ok(folder)
 }
 
-fn work(request: Request, gate: &Gate) {
-    let first = request.headers().first();
-    let number = first.filter(|h| h.field.equiv(EXCHANGE));
-    let number: Option<u64> = number.and_then(|h| h.value.as_str().parse().ok());
-    let parked = number.and_then(|number| lock(&gate.parked).remove(&number));
-    if let Some((Some((mut exchange, mut access)), verdict)) = parked {
-        let proxy = &gate.proxy;
-        let outcome = fence(&mut access, |a| proxy.handle(&request, &mut exchange, a));
-        let last = exchange.head.close || exchange.unread();
-        // The gate may be gone with the program; then nobody needs the verdict.
-        let _ = verdict.send(conclude(exchange.stream, access, outcome, last));
+/// The inner socket, in a private folder: in `state_dir`, or among the temporary ones where that
+/// is read-only or its path too long for a socket address (107 bytes, unix(7)).
+fn inner_listener(state_dir: &Path) -> io::Result<(UnixListener, PathBuf)> {
+    let bind = |folder: PathBuf| {
+        remove_inner(&folder); // left behind by kill -9
+        DirBuilder::new().mode(0o700).create(&folder)?;
+        let listener = UnixListener::bind(folder.join("socket"));
+        let listener = listener.inspect_err(|_| remove_inner(&folder))?;
+        Ok::<_, io::Error>((listener, folder))
+    };
+    let temporary = format!("ai-mux-{}", std::process::id());
+    bind(state_dir.join("inner")).or_else(|_| bind(std::env::temp_dir().join(temporary)))
+}
+
+fn remove_inner(folder: &Path) {
+    let _ = fs::remove_file(folder.join("socket"));
+    let _ = fs::remove_dir(folder); // only if it is empty
+}
+
+/// A worker. When it has rested for a while, a new thread takes its place: a stack that grew
+/// keeps its pages for as long as its thread lives.
+fn work(server: &Arc<tiny_http::Server>, proxy: &Arc<Proxy>) {
+    loop {
+        let mut next = server.recv().map(Some);
+        while let Ok(Some(request)) = next {
+            proxy.serve(request);
+            next = server.recv_timeout(REST_TIME);
+        }
+        let (server, proxy) = (server.clone(), proxy.clone());
+        if spawn("worker", move || work(&server, &proxy)).is_ok() {
+            return;
+        }
     }
-    drop(request.into_writer());
+}
+
+impl Proxy {
+    fn serve(&self, request: Request) {
+        let number = request.headers().first().map(|h| h.value.as_str().parse());
+        let number = number.and_then(Result::ok).unwrap_or_default();
+        let exchange = lock(&self.parked).remove(&number);
+        // None if it was taken back.
+        if let Some(exchange) = exchange {
+            let answer = AssertUnwindSafe(|| self.answer(&request, exchange));
+            let _ = self.verdict.send(catch_unwind(answer).unwrap_or(None));
+            let _ = (&self.ring).write(&[0]);
+        }
+        drop(request.into_writer());
+    }
+
+    fn answer(&self, request: &Request, mut exchange: Exchange) -> Verdict {
+        exchange.stream.socket.waits = true;
+        let outcome = fence(&mut exchange, |e| self.handle(request.url(), e));
+        exchange.conclude(outcome)
+    }
 }
 
 /// Whether a request has its whole answer from upstream.
@@ -806,38 +840,73 @@ impl From<Reply> for Fault {
 }
 
 /// Turns a panic into a fault: 500 if nothing was sent yet, else a broken answer.
-fn fence(access: &mut Access, work: impl FnOnce(&mut Access) -> Outcome) -> Outcome {
-    match catch_unwind(AssertUnwindSafe(|| work(access))) {
+fn fence(exchange: &mut Exchange, handle: impl FnOnce(&mut Exchange) -> Outcome) -> Outcome {
+    match catch_unwind(AssertUnwindSafe(|| handle(exchange))) {
         Ok(outcome) => outcome,
-        Err(_) if access.status == 0 => Err(Reply::internal().into()),
+        Err(_) if exchange.status == 0 => Err(Reply::internal().into()),
         Err(_) => Err(Fault::Broken("a fault of ai-mux (panic)".into())),
     }
 }
 
-fn refuse(stream: Stream, access: Access, reply: Reply, last: bool) -> Verdict {
-    conclude(stream, access, Err(reply.into()), last)
+/// A client's request, from its head to its verdict; and what its log line will say.
+struct Exchange {
+    stream: Stream,
+    head: Head,
+    body: Body,
+    /// Why reading the body failed: ureq shows only an error of its own.
+    fault: Option<Fault>,
+    started: Instant,
+    user: String,
+    provider: &'static str,
+    /// Of the answer: nothing was sent yet while it is 0; and the bytes of its body.
+    status: u16,
+    bytes: u64,
+    first: Option<Duration>,
+    request_id: Option<HeaderValue>,
 }
 
-/// Says what is still to be said, writes the log line, and judges what becomes of the stream.
-fn conclude(mut stream: Stream, mut access: Access, outcome: Outcome, mut last: bool) -> Verdict {
-    let (ended, broken) = match outcome {
-        Ok(()) => (None, false),
-        Err(Fault::Broken(why)) => (Some(why), true),
-        Err(Fault::Reply(reply)) => {
-            last |= reply.status == 401;
-            let (bytes, length) = reply.to_bytes(access.method == "HEAD", last);
-            let sent = stream.write_piece(&bytes);
-            (access.status, access.bytes) = (reply.status, length);
-            access.first = Some(access.started.elapsed());
-            let ended = Some(reply.message).filter(|_| reply.status != 200);
-            (ended, sent.is_err())
+impl Exchange {
+    fn new(stream: Stream, head: Head) -> Exchange {
+        Exchange {
+            stream,
+            body: Body::new(head.framing),
+            head,
+            fault: None,
+            started: Instant::now(),
+            user: "-".into(),
+            provider: "-",
+            status: 0,
+            bytes: 0,
+            first: None,
+            request_id: None,
         }
-    };
-    access.log(ended);
-    match last {
-        _ if broken => Verdict::Broken,
-        true => Verdict::Linger(stream),
-        false => Verdict::Next(stream),
+    }
+
+    fn refuse(self, reply: Reply) -> Verdict {
+        self.conclude(Err(reply.into()))
+    }
+
+    /// Says what is still to be said, writes the log line, and judges what becomes of the stream.
+    fn conclude(mut self, outcome: Outcome) -> Verdict {
+        let mut last = self.head.close || !self.body.done;
+        let (mut whole, mut ended) = (true, None);
+        match outcome {
+            Ok(()) => {}
+            Err(Fault::Broken(why)) => (whole, ended) = (false, Some(why)),
+            Err(Fault::Reply(reply)) => {
+                last |= reply.status == 401;
+                let (bytes, length) = reply.to_bytes(self.head.method == "HEAD", last);
+                whole = self.stream.write_piece(&bytes).is_ok();
+                (self.status, self.bytes) = (reply.status, length);
+                self.first = Some(self.started.elapsed());
+                ended = Some(reply.message).filter(|_| reply.status != 200);
+            }
+        }
+        self.log(ended);
+        if whole && last {
+            self.stream.farewell();
+        }
+        whole.then_some(self.stream)
     }
 }
 
@@ -846,65 +915,65 @@ fn conclude(mut stream: Stream, mut access: Access, outcome: Outcome, mut last: 
 // stream, or the fault. The order of the steps is the policy: nobody without a token learns
 // which paths exist, and nothing is read or refreshed for a request that is refused anyway.
 
-/// What stays the same while the program runs.
-#[derive(Default)]
-struct Proxy {
-    users: Vec<User>,
-    upstreams: Vec<Upstream>,
-}
-
 impl Proxy {
-    fn new(config: &Config) -> Result<Proxy, Error> {
-        let (users, network) = (config.users.clone(), Network::new(config)?);
+    fn new(config: Config, verdict: Sender<Verdict>, ring: UnixStream) -> Result<Proxy, Error> {
         let settings = config.providers()?.into_iter();
-        let upstreams = settings.map(|s| Upstream::new(s, config, &network));
-        let upstreams = upstreams.collect();
-        Ok(Proxy { users, upstreams })
+        let upstreams = settings.map(|settings| Upstream::new(settings, &config));
+        Ok(Proxy {
+            upstreams: upstreams.collect::<Result<_, _>>()?,
+            config,
+            parked: Mutex::default(),
+            verdict,
+            ring,
+        })
     }
 
-    fn handle(&self, request: &Request, exchange: &mut Exchange, access: &mut Access) -> Outcome {
-        let fields = request.headers().iter();
-        let fields = fields.map(|h| (h.field.as_str().as_str(), h.value.as_str()));
-        debug!("peer={} request: {}", access.peer, shown(fields));
-        access.user = self.authenticate(request.headers())?.to_owned();
-        let (upstream, url) = self.route(request.url())?;
-        access.provider = upstream.provider.name;
-        if exchange.head.websocket {
+    fn handle(&self, target: &str, exchange: &mut Exchange) -> Outcome {
+        let (head, peer) = (&exchange.head, exchange.stream.peer);
+        debug!("peer={peer} request: {}", shown(&head.fields));
+        exchange.user = self.authenticate(&head.fields)?.to_owned();
+        let (upstream, url) = self.route(target)?;
+        exchange.provider = upstream.provider.name;
+        if head.websocket {
             return Err(Reply::new(426, "no WebSocket here; use plain HTTP").into());
         }
-        if matches!(exchange.head.framing, Framing::Sized(length) if length > BODY_SIZE) {
+        if matches!(head.framing, Framing::Sized(length) if length > BODY_SIZE) {
             return Err(body_too_large().into());
         }
         let token = upstream.credential.token()?;
-        let outgoing = upstream.outgoing(request, url, &exchange.head)?;
         let held = exchange.hold()?;
-        let whole = !exchange.unread();
-        let mut answer = upstream.send(&outgoing, &token, &held, exchange)?;
+        let whole = exchange.body.done;
+        let mut answer = upstream.send(&url, &token, &held, exchange)?;
         if answer.status() == http::StatusCode::UNAUTHORIZED
             && let Some(newer) = upstream.credential.rejected(&token)
             && whole
         {
-            answer = upstream.send(&outgoing, &newer, &held, exchange)?;
+            answer = upstream.send(&url, &newer, &held, exchange)?;
         }
         drop(held);
-        relay(answer, exchange, access)
+        relay(answer, exchange)
     }
 
     /// The user's name. All tokens given must be one and the same, and a user's; the comparison
     /// takes as long for a token that is nearly right, and for every user.
-    fn authenticate(&self, headers: &[tiny_http::Header]) -> Result<&str, Reply> {
-        if self.users.is_empty() {
+    fn authenticate(&self, fields: &HeaderMap) -> Result<&str, Reply> {
+        if self.config.users.is_empty() {
             // A web page must not use the subscription of whoever looks at it.
-            let page = headers.iter().any(|h| h.field.equiv("origin"));
             let refused = || Reply::new(403, "web pages need a token; configure `users`");
+            let page = fields.contains_key("origin");
             return (!page).then_some("-").ok_or_else(refused);
         }
-        let mut given = headers.iter().filter_map(token_in);
+        let bearers = fields.get_all(AUTHORIZATION).iter().map(bearer_in);
+        let keys = fields
+            .get_all("x-api-key")
+            .iter()
+            .map(HeaderValue::as_bytes);
+        let mut given = bearers.chain(keys);
         let token = given.next().unwrap_or_default();
         let agreed = given.all(|other| other == token);
         let mut found = None;
-        for user in &self.users {
-            let same = user.token.expose().as_bytes().ct_eq(token.as_bytes());
+        for user in &self.config.users {
+            let same = user.token.expose().as_bytes().ct_eq(token);
             found = bool::from(same).then_some(user.name.as_str()).or(found);
         }
         let right = "\"Authorization: Bearer TOKEN\" or \"x-api-key: TOKEN\"";
@@ -923,8 +992,11 @@ impl Proxy {
             && !first.eq_ignore_ascii_case("oauth")
             && let Some(upstream) = self.upstreams.iter().find(|u| u.provider.name == name)
         {
-            let provider = upstream.provider;
-            let prefix = if provider.keeps_v1 { "/" } else { "/v1/" };
+            let prefix = if upstream.provider.keeps_v1 {
+                "/"
+            } else {
+                "/v1/"
+            };
             let rest = &target[name.len() + prefix.len()..];
             return Ok((upstream, format!("{}{rest}", upstream.base_url)));
         }
@@ -942,40 +1014,20 @@ impl Proxy {
         }
         health.to_string()
     }
-
-    fn start_keepers(&self, interval: Duration) -> io::Result<Vec<JoinHandle<()>>> {
-        let credentials = self.upstreams.iter().map(|u| u.credential.clone());
-        let keepers = credentials.map(|c| spawn("keeper", move || c.keep(interval)));
-        keepers.collect()
-    }
-
-    fn stop_keepers(&self, keepers: Vec<JoinHandle<()>>, deadline: Instant) {
-        self.upstreams.iter().for_each(|u| u.credential.stop());
-        while keepers.iter().any(|k| !k.is_finished()) {
-            if left_until(deadline).is_zero() {
-                return error!("a refresh did not end in time; what it brings is lost");
-            }
-            thread::sleep(Duration::from_millis(10));
-        }
-    }
 }
 
-/// What a header offers as a token: nothing good, if it is not of the form that it must have.
-fn token_in(header: &tiny_http::Header) -> Option<&str> {
-    let value = header.value.as_str();
-    let (scheme, token) = value.split_once(' ').unwrap_or_default();
-    match () {
-        _ if header.field.equiv("x-api-key") => Some(value),
-        _ if !header.field.equiv("authorization") => None,
-        _ if scheme.eq_ignore_ascii_case("bearer") => Some(token),
-        _ => Some(""),
+/// The token that an Authorization offers: nothing good, if it is not of the one right form.
+fn bearer_in(value: &HeaderValue) -> &[u8] {
+    match value.as_bytes().split_at_checked("bearer ".len()) {
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case(b"bearer ") => token,
+        _ => b"",
     }
 }
 
 // ─── credential ──────────────────────────────────────────────────────────────────────────────
 // In: a provider's credential file, which its own tools may rewrite at any moment; the token
-// endpoint's answers. Out: an access token that is good now, or why there is none. Requests and
-// the keeper, one thread a provider, share the state; whoever has the turn refreshes and writes.
+// endpoint's answers. Out: an access token that is good now, or why there is none. Everyone
+// reads the file; the keeper, one thread a provider, is the only one to refresh and to write.
 // What cannot happen: two refreshes at once, a token used before it is on disk, a file half
 // written, a log-out undone.
 
@@ -984,13 +1036,11 @@ struct Credential {
     path: PathBuf,
     token_url: String,
     agent: ureq::Agent,
-    /// Held through a refresh until it is saved, so that there is one at a time.
-    turn: Mutex<()>,
-    /// Held by the one request that waits for its turn although the token is still good.
-    first: Mutex<()>,
+    /// `refresh_check_interval`.
+    interval: Duration,
     state: Mutex<State>,
-    /// Wakes the keeper when it is to stop.
-    stopped: Condvar,
+    /// Someone asks the keeper to look, or it has looked.
+    changed: Condvar,
 }
 
 /// Touched in short locks, with the network in between.
@@ -1000,17 +1050,24 @@ struct State {
     /// Of the file when it was last read; `None` when it must be read again anyhow.
     stamp: Option<Stamp>,
     refresh: Refresh,
+    /// How often the keeper was asked to look, and what of that it has done.
+    asked: u64,
+    done: u64,
     stopping: bool,
 }
+
+/// Why there is no new token, and when to try again: `None` is when the file changes.
+type Failure = (String, Option<Instant>);
 
 /// How refreshing the present login went so far.
 #[derive(Default)]
 struct Refresh {
     succeeded: Option<Instant>,
+    /// The access token that upstream has rejected.
+    rejected: Option<Secret>,
     /// The last wait after a failure.
     backoff: Duration,
-    /// Why there is no new token, and when to try again: `None` is when the file changes.
-    failure: Option<(String, Option<Instant>)>,
+    failure: Option<Failure>,
     /// What it brought that is not on disk yet, after the token that it was spent for.
     unsaved: Option<(Token, Token)>,
 }
@@ -1040,78 +1097,63 @@ impl Token {
 }
 
 /// Why a refresh brought nothing, and how long to wait at least: `None` is for ever.
-type Failure = (String, Option<Duration>);
+type Refusal = (String, Option<Duration>);
 
 impl State {
-    /// The token, if its refresh token may be spent now.
-    fn refreshable(&self) -> Option<&Token> {
-        let wait = self.is_young() || self.is_failing();
-        let token = self.token.as_ref().filter(|_| !wait);
-        token.filter(|token| token.refresh.is_some())
-    }
-
+    /// A refresh token that is younger was not worth spending.
     fn is_young(&self) -> bool {
         let age = self.refresh.succeeded.map(|at| at.elapsed());
         age.is_some_and(|age| age < TOKEN_MARGIN)
     }
 
-    fn is_failing(&self) -> bool {
-        let until = self.refresh.failure.as_ref().map(|(_, until)| *until);
-        until.is_some_and(|until| until.is_none_or(|at| at > Instant::now()))
+    /// The token, if it must be refreshed `margin` before its end, and may be now.
+    fn due(&self, margin: Duration) -> Option<&Token> {
+        let waiting = match &self.refresh.failure {
+            Some((_, until)) => until.is_none_or(|at| !left_until(at).is_zero()),
+            None => self.is_young(),
+        };
+        let rejected = self.refresh.rejected.as_ref();
+        let due = |t: &&Token| !t.lasts(margin) || rejected == Some(&t.access);
+        let token = self.token.as_ref().filter(|_| !waiting);
+        token.filter(|token| token.refresh.is_some()).filter(due)
     }
 }
 
-/// A state of a file. Two that are equal hold the same bytes, but for the last `SETTLE_TIME`:
-/// device, inode, size; ctime in seconds and nanoseconds; mtime.
-#[derive(Clone, Copy, PartialEq)]
-struct Stamp([u64; 3], [i64; 2], SystemTime);
+/// A state of a file: device, inode, size, mtime, ctime. Two that are equal hold the same bytes,
+/// but for the last `SETTLE_TIME`.
+type Stamp = ([u64; 3], [i64; 4]);
 
-impl Stamp {
-    fn of(path: &Path) -> Option<Stamp> {
-        let meta = fs::metadata(path).ok()?;
-        let file = [meta.dev(), meta.ino(), meta.size()];
-        let changed = [meta.ctime(), meta.ctime_nsec()];
-        Some(Stamp(file, changed, meta.modified().ok()?))
-    }
+fn stamp(path: &Path) -> Option<Stamp> {
+    let meta = fs::metadata(path).ok()?;
+    let times = [
+        meta.mtime(),
+        meta.mtime_nsec(),
+        meta.ctime(),
+        meta.ctime_nsec(),
+    ];
+    Some(([meta.dev(), meta.ino(), meta.size()], times))
+}
 
-    fn is_settled(&self) -> bool {
-        self.2.elapsed().is_ok_and(|age| age > SETTLE_TIME)
-    }
+fn is_settled((_, [modified, ..]): &Stamp) -> bool {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    now.as_secs() as i64 - modified > SETTLE_TIME // nor if it is in the future
 }
 
 impl Credential {
-    fn new(settings: &ProviderSettings, state_dir: &Path, network: &Network) -> Credential {
-        let agent = network.agent(&settings.token_url).max_idle_connections(0);
-        let agent = agent.timeout_global(Some(TOKEN_TIME)).build();
-        Credential {
-            provider: settings.provider,
-            path: settings.provider.path(state_dir),
-            token_url: settings.token_url.clone(),
-            agent: agent.new_agent(),
-            turn: Mutex::default(),
-            first: Mutex::default(),
-            state: Mutex::default(),
-            stopped: Condvar::new(),
-        }
-    }
-
-    /// An access token to use now. Waits for a refresh only when there is none that is good.
+    /// An access token to use now. Waits for a refresh if there is none that is good; and the
+    /// first who finds it ageing waits too, while the others use it.
     fn token(&self) -> Result<Token, Reply> {
-        let ageing = |token: &Token| !token.lasts(TOKEN_MARGIN);
-        let old = self.look(false).refreshable().cloned();
-        // Expired: all wait. Ageing: one does, while the others use what is still good.
-        let first = self.first.try_lock();
-        if let Some(old) = old.filter(ageing)
-            && (first.is_ok() || !old.lasts(Duration::ZERO))
+        let mut state = self.look(false);
+        if let Some(old) = state.due(TOKEN_MARGIN)
+            && (state.asked == state.done || !old.lasts(Duration::ZERO))
         {
-            self.renew(lock(&self.turn), ageing);
+            state = self.ask(state);
         }
-        drop(first);
-        let state = self.look(false);
         let dead = |why: &str| Reply::new(503, format!("ai-mux has no login to use: {why}"));
         let usable = |t: &&Token| t.lasts(Duration::ZERO) || state.is_young();
-        let token = state.token.as_ref().filter(usable);
-        match (&state.refresh.failure, token) {
+        match (&state.refresh.failure, state.token.as_ref().filter(usable)) {
             (Some((why, None)), _) => Err(dead(why)),
             (_, Some(token)) => Ok(token.clone()),
             (Some((why, Some(until))), None) => {
@@ -1125,12 +1167,13 @@ impl Credential {
 
     /// Upstream answered 401 to this token: a newer one, from disk or from a refresh, if any.
     fn rejected(&self, token: &Token) -> Option<Token> {
-        let same = |other: &Token| other.access == token.access;
-        if self.look(true).token.as_ref().is_some_and(same) {
-            self.renew(lock(&self.turn), same);
+        let newer = |other: &Token| other.access != token.access;
+        let mut state = self.look(true);
+        if !state.token.as_ref().is_some_and(newer) {
+            state.refresh.rejected = Some(token.access.clone());
+            state = self.ask(state);
         }
-        let newer = self.look(false).token.clone();
-        newer.filter(|token| !same(token))
+        state.token.clone().filter(newer)
     }
 
     fn is_ready(&self) -> bool {
@@ -1140,119 +1183,48 @@ impl Credential {
         !dead && state.token.as_ref().is_some_and(usable)
     }
 
-    /// Adopts what is new on disk. `anyway` reads the file even if it seems unchanged. Small and
-    /// local, it is read under the lock: whoever waits for that would have to read it as well.
-    fn look(&self, anyway: bool) -> MutexGuard<'_, State> {
+    /// Asks the keeper to look, and waits until it has.
+    fn ask<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        state.asked += 1;
+        let asked = state.asked;
+        self.changed.notify_all();
+        let looked = self.changed.wait_while(state, |state| state.done < asked);
+        looked.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The keeper: looks at the login every `interval`, and whenever it is asked to.
+    fn keep(&self) {
         let mut state = lock(&self.state);
-        if anyway || state.stamp.is_none() || state.stamp != Stamp::of(&self.path) {
-            self.adopt(&mut state);
-        }
-        state
-    }
-
-    fn adopt(&self, state: &mut State) {
-        let (name, path) = (self.provider.name, self.path.display());
-        let lack = |what: &str| format!("{path} {what}; {}", self.remedy());
-        state.stamp = None;
-        let (token, why) = match self.read() {
-            Ok(None) if state.token.is_some() => return, // half-written: ours stays
-            Ok(None) => (None, lack("is not whole JSON; if it stays so")),
-            Ok(Some((stamp, json))) => {
-                state.stamp = Some(stamp).filter(Stamp::is_settled);
-                (self.provider.token_in(&json), lack("holds no login"))
-            }
-            Err(e) if state.token.is_none() => (None, e.to_string()),
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::InvalidInput) => {
-                (None, e.to_string())
-            }
-            Err(e) => return warn!("{name}: {e}"), // ours stays: it may be the only copy
-        };
-        let failure = token.is_none().then_some((why, None));
-        let known = token == state.token && (token.is_some() || failure == state.refresh.failure);
-        let unsaved = state.refresh.unsaved.as_ref();
-        if known || unsaved.is_some_and(|(old, _)| old.is_of(&token)) {
-            return;
-        }
-        match &failure {
-            None => info!("{name}: login read from {path}"),
-            Some((why, _)) => warn!("{name}: {why}"),
-        }
-        state.token = token;
-        state.refresh = Refresh::default();
-        state.refresh.failure = failure;
-    }
-
-    /// What the file holds, if it is ours to use, else why not and what to do: `NotFound` and
-    /// `InvalidInput` last, other errors may pass. `None` if it is not whole, or being written.
-    fn read(&self) -> io::Result<Option<(Stamp, Value)>> {
-        let (path, user) = (self.path.display(), rustix::process::geteuid().as_raw());
-        let failed = |e: io::Error| match e.kind() {
-            kind @ ErrorKind::NotFound => {
-                io::Error::new(kind, format!("{path} is not there; {}", self.remedy()))
-            }
-            kind => io::Error::new(kind, format!("read {path}: {e}; let user {user} read it")),
-        };
-        let unfit = |why| Err(io::Error::new(ErrorKind::InvalidInput, why));
-        let meta = fs::metadata(&self.path).map_err(failed)?;
-        if meta.uid() != user {
-            let mend = format!("make it ai-mux's: chown -R {user} {}", self.folder());
-            return unfit(format!("{path} belongs to user {}; {mend}", meta.uid()));
-        }
-        if !meta.is_file() || meta.len() > FILE_SIZE {
-            return unfit(format!("{path} is no credential file; {}", self.remedy()));
-        }
-        if meta.mode() & 0o077 != 0 {
-            let tightened = fs::set_permissions(&self.path, fs::Permissions::from_mode(0o600));
-            let outcome = tightened.map_or_else(|e| e.to_string(), |()| "done".into());
-            warn!("{path}: others could read it; chmod 600: {outcome}");
-        }
-        let before = Stamp::of(&self.path);
-        let bytes = fs::read(&self.path).map_err(failed)?;
-        let unchanged = before.filter(|stamp| Stamp::of(&self.path) == Some(*stamp));
-        Ok(unchanged.zip(serde_json::from_slice(&bytes).ok()))
-    }
-
-    fn folder(&self) -> std::path::Display<'_> {
-        self.path.parent().unwrap_or(&self.path).display()
-    }
-
-    /// What the owner does about a login that is missing or dead.
-    fn remedy(&self) -> String {
-        let Provider { home, login, .. } = self.provider;
-        format!("log in with: {home}={} {login}", self.folder())
-    }
-
-    fn keep(&self, interval: Duration) {
-        let ageing = |token: &Token| !token.lasts(interval + TOKEN_MARGIN);
-        let to_do = |s: &State| s.refresh.unsaved.is_some() || s.refreshable().is_some_and(ageing);
-        while !lock(&self.state).stopping {
-            let _ = catch_unwind(AssertUnwindSafe(|| {
-                if to_do(&self.look(false)) {
-                    self.renew(lock(&self.turn), ageing);
-                }
-            }));
-            let state = lock(&self.state);
+        while !state.stopping {
+            let asked = state.asked;
+            drop(state);
+            let _ = catch_unwind(AssertUnwindSafe(|| self.tend()));
+            state = lock(&self.state);
+            state.done = asked;
+            self.changed.notify_all();
             let retry = state.refresh.failure.as_ref().and_then(|(_, until)| *until);
             let retry = retry.map(left_until).filter(|time| !time.is_zero());
-            let time = retry.map_or(interval, |time| time.min(interval));
-            if !state.stopping {
-                drop(wait(&self.stopped, state, time));
-            }
+            let time = retry.map_or(self.interval, |time| time.min(self.interval));
+            let idle = |state: &mut State| state.asked == state.done && !state.stopping;
+            let woken = self.changed.wait_timeout_while(state, time, idle);
+            state = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
-        let _turn = lock(&self.turn); // once a refresh that is under way has ended
+        state.done = u64::MAX;
+        drop(state);
+        self.changed.notify_all();
         self.save(None);
     }
 
     fn stop(&self) {
         lock(&self.state).stopping = true;
-        self.stopped.notify_all();
+        self.changed.notify_all();
     }
 
-    /// One look at the login, and a refresh if the token on disk is still one that is due.
-    fn renew(&self, _turn: MutexGuard<()>, due: impl Fn(&Token) -> bool) {
+    /// One look at the login: what is unsaved is written, a token that is due is refreshed.
+    fn tend(&self) {
         self.save(None);
-        let old = self.look(true).refreshable().cloned();
-        let Some(old) = old.filter(due) else { return };
+        let old = self.look(true).due(self.interval + TOKEN_MARGIN).cloned();
+        let Some(old) = old else { return };
         if let Err((why, least)) = self.refresh(&old) {
             // Another tool may have refreshed meanwhile; then its login is the newer one.
             let mut state = self.look(true);
@@ -1277,10 +1249,10 @@ impl Credential {
     }
 
     /// Spends a refresh token, but first finds out what could keep its yield from being saved.
-    fn refresh(&self, old: &Token) -> Result<(), Failure> {
+    fn refresh(&self, old: &Token) -> Result<(), Refusal> {
         if lock(&self.state).refresh.unsaved.is_some() {
-            let why = "the last one is not on disk yet".into();
-            return Err((why, Some(Duration::ZERO)));
+            let why = "the last one is not on disk yet";
+            return Err((why.into(), Some(Duration::ZERO)));
         }
         let draft = Draft::new(&self.path).map_err(|why| {
             error!("{}: {why}; no token was spent", self.provider.name);
@@ -1293,7 +1265,7 @@ impl Credential {
     }
 
     /// Asks the token endpoint. Of its answer, nothing but the `error` word is ever shown.
-    fn call(&self, old: &Token) -> Result<Token, Failure> {
+    fn call(&self, old: &Token) -> Result<Token, Refusal> {
         let (provider, url) = (self.provider, &self.token_url);
         let passing = |e: &dyn Display| (format!("{url}: {e}"), Some(Duration::ZERO));
         let mut form = json!({ "grant_type": "refresh_token", "client_id": provider.client_id });
@@ -1309,8 +1281,7 @@ impl Credential {
         let json: Value = serde_json::from_slice(&text).unwrap_or_default();
         if status != 200 {
             let word = error_word(&json);
-            let dead = provider.is_final(status, word);
-            let wait = (!dead).then(|| wait.unwrap_or_default());
+            let wait = (!provider.is_final(status, word)).then(|| wait.unwrap_or_default());
             return Err((format!("{url} answered {status} {word}"), wait));
         }
         let access = secret(&json["access_token"]);
@@ -1338,13 +1309,13 @@ impl Credential {
             info!("{name}: refreshed");
         }
         let mut state = self.look(saved.is_ok());
-        let ours = |token: &Token| token.access == new.access;
         // Unless a login of the file's own, or a log-out, has won.
         if let (Err(why), Some(_)) = (saved, &state.refresh.unsaved) {
             error!("{name}: {why}; the new login is in memory only, and will be written again");
             state.token = Some(new.clone());
             (state.refresh.backoff, state.refresh.failure) = (Duration::ZERO, None);
         }
+        let ours = |token: &Token| token.access == new.access;
         if fresh && state.token.as_ref().is_some_and(ours) {
             state.refresh.succeeded = Some(Instant::now());
         }
@@ -1352,15 +1323,106 @@ impl Credential {
 
     /// Writes a new token into the file, unless that has a newer login: then the file wins.
     fn write(&self, old: &Token, new: &Token, draft: Draft) -> Result<(), String> {
-        let failed = |e: &dyn Display| format!("write {}: {e}", self.path.display());
-        let whole = self.read().map_err(|e| failed(&e))?;
-        let (stamp, mut json) = whole.ok_or_else(|| failed(&"another program does"))?;
+        let failed = |e: io::Error| format!("write {}: {e}", self.path.display());
+        let (read, mut json) = self.read().map_err(failed)?;
         if old.is_of(&self.provider.token_in(&json)) {
             self.provider.edit(&mut json, new);
-            draft.publish(&json, stamp).map_err(|e| failed(&e))?;
+            draft.publish(&json, read).map_err(failed)?;
         }
         lock(&self.state).refresh.unsaved = None;
         Ok(())
+    }
+
+    /// Adopts what is new on disk. `anyway` reads the file even if it seems unchanged. Small and
+    /// local, it is read under the lock: whoever waits for that would have to read it as well.
+    fn look(&self, anyway: bool) -> MutexGuard<'_, State> {
+        let mut state = lock(&self.state);
+        if !anyway && state.stamp.is_some() && state.stamp == stamp(&self.path) {
+            return state;
+        }
+        state.stamp = None;
+        let lasting =
+            |e: &io::Error| matches!(e.kind(), ErrorKind::NotFound | ErrorKind::InvalidInput);
+        let found = self.read().and_then(|(stamp, json)| {
+            state.stamp = Some(stamp).filter(is_settled);
+            let token = self.provider.token_in(&json);
+            token.ok_or_else(|| self.lack(ErrorKind::NotFound, "holds no login", &self.remedy()))
+        });
+        match found {
+            Ok(token) => self.adopt(&mut state, Some(token), None),
+            // What may pass is no log-out: ours stays, which may be the only copy.
+            Err(e) if state.token.is_some() && e.kind() == ErrorKind::InvalidData => {}
+            Err(e) if state.token.is_some() && !lasting(&e) => warn!("{}: {e}", self.provider.name),
+            Err(e) => self.adopt(&mut state, None, Some((e.to_string(), None))),
+        }
+        state
+    }
+
+    /// Takes a login, or why there is none, unless it is the known one, or older than ours.
+    fn adopt(&self, state: &mut State, token: Option<Token>, failure: Option<Failure>) {
+        let name = self.provider.name;
+        let known = token == state.token && (token.is_some() || failure == state.refresh.failure);
+        let unsaved = state.refresh.unsaved.as_ref();
+        if known || unsaved.is_some_and(|(old, _)| old.is_of(&token)) {
+            return;
+        }
+        match &failure {
+            None => info!("{name}: login read from {}", self.path.display()),
+            Some((why, _)) => warn!("{name}: {why}"),
+        }
+        state.token = token;
+        state.refresh = Refresh {
+            failure,
+            ..Refresh::default()
+        };
+    }
+
+    /// What the file holds, if it is ours to use, else why not and what to do: `InvalidData` if
+    /// it is not whole, or being written; `NotFound` or `InvalidInput` if that will last.
+    fn read(&self) -> io::Result<(Stamp, Value)> {
+        let user = rustix::process::geteuid().as_raw();
+        let failed = |e: io::Error| match e.kind() {
+            kind @ ErrorKind::NotFound => self.lack(kind, "is not there", &self.remedy()),
+            kind => self.lack(kind, &e.to_string(), &format!("let user {user} read it")),
+        };
+        let meta = fs::metadata(&self.path).map_err(failed)?;
+        if meta.uid() != user {
+            let what = format!("belongs to user {}", meta.uid());
+            let mend = format!("make it ai-mux's: chown -R {user} {}", self.folder());
+            return Err(self.lack(ErrorKind::InvalidInput, &what, &mend));
+        }
+        if !meta.is_file() || meta.len() > FILE_SIZE {
+            let what = "is no credential file";
+            return Err(self.lack(ErrorKind::InvalidInput, what, &self.remedy()));
+        }
+        if meta.mode() & 0o077 != 0 {
+            let private = fs::set_permissions(&self.path, Permissions::from_mode(0o600));
+            let name = self.path.display();
+            warn!("{name}: others could read it; chmod 600: {private:?}");
+        }
+        let before = stamp(&self.path);
+        let bytes = fs::read(&self.path).map_err(failed)?;
+        match (before, serde_json::from_slice(&bytes)) {
+            (Some(before), Ok(json)) if stamp(&self.path) == Some(before) => Ok((before, json)),
+            _ => {
+                let mend = format!("if it stays so, {}", self.remedy());
+                Err(self.lack(ErrorKind::InvalidData, "is not whole JSON", &mend))
+            }
+        }
+    }
+
+    fn lack(&self, kind: ErrorKind, what: &str, mend: &str) -> io::Error {
+        io::Error::new(kind, format!("{} {what}; {mend}", self.path.display()))
+    }
+
+    fn folder(&self) -> std::path::Display<'_> {
+        self.path.parent().unwrap_or(&self.path).display()
+    }
+
+    /// What the owner does about a login that is missing or dead.
+    fn remedy(&self) -> String {
+        let Provider { home, login, .. } = self.provider;
+        format!("log in with: {home}={} {login}", self.folder())
     }
 }
 
@@ -1377,15 +1439,15 @@ impl Draft {
         let name = path.display();
         let failed = |e| format!("{name} cannot be replaced: {e}; let ai-mux write to its folder");
         let target = path.canonicalize().map_err(failed)?;
-        // proc_pid_mountinfo(5): the fifth field is the mount point, with spaces escaped.
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let escaped = target.display().to_string().replace(' ', "\\040");
-        let mut points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-        if points.any(|point| point == escaped) {
-            return Err(format!("{name} is a mount by itself; mount its folder"));
-        }
         let path = target.with_extension("ai-mux-new");
         let _ = fs::remove_file(&path); // left behind by kill -9
+        // A file that is mounted by itself cannot be linked to, nor replaced (link(2), EXDEV).
+        if let Err(e) = fs::hard_link(&target, &path)
+            && e.kind() == ErrorKind::CrossesDevices
+        {
+            return Err(format!("{name} is a mount by itself; mount its folder"));
+        }
+        let _ = fs::remove_file(&path);
         let size = fs::metadata(&target).map_err(failed)?.len() + TOKEN_SIZE;
         let mut options = File::options();
         options.write(true).create_new(true).mode(0o600);
@@ -1396,13 +1458,13 @@ impl Draft {
         Ok(draft)
     }
 
-    /// Puts the text in place, unless the file is no longer the one that `stamp` was taken of.
-    fn publish(self, json: &Value, stamp: Stamp) -> io::Result<()> {
+    /// Puts the text in place, unless the file is no longer the one that was `read`.
+    fn publish(self, json: &Value, read: Stamp) -> io::Result<()> {
         let text = serde_json::to_vec_pretty(json)?;
         self.file.write_all_at(&text, 0)?;
         self.file.set_len(text.len() as u64)?;
         self.file.sync_all()?;
-        if Stamp::of(&self.target) != Some(stamp) {
+        if stamp(&self.target) != Some(read) {
             return Err(io::Error::other("another program has changed it"));
         }
         fs::rename(&self.path, &self.target)?;
@@ -1579,61 +1641,42 @@ impl Provider {
     }
 }
 
-/// How upstreams are reached; for requests and refreshes alike.
-struct Network {
-    proxy: Option<ureq::Proxy>,
-    roots: RootCerts,
+/// How upstream is reached, for requests and for refreshes: everything automatic is off.
+fn agent(config: &Config, url: &str) -> Result<AgentConfig, Error> {
+    let mut roots = RootCerts::WebPki;
+    if let Some(path) = std::env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty()) {
+        let found = certificates(path.as_ref()).map_err(|e| Error::start("SSL_CERT_FILE", e))?;
+        let owned = |der| ureq::tls::Certificate::from_der(der).to_owned();
+        roots = found.iter().map(|der| owned(der)).into();
+    }
+    let proxy = config.proxy.clone().or_else(ureq::Proxy::try_from_env);
+    let loopback = url.parse().is_ok_and(|uri| is_loopback(&uri));
+    let tls = ureq::tls::TlsConfig::builder().root_certs(roots);
+    Ok(ureq::Agent::config_builder()
+        .tls_config(tls.build())
+        .proxy(proxy.filter(|_| !loopback))
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .accept("")
+        .accept_encoding("")
+        .user_agent("")
+        .allow_non_standard_methods(true)
+        .input_buffer_size(UPSTREAM_INPUT)
+        .output_buffer_size(UPSTREAM_OUTPUT)
+        .max_response_header_size(UPSTREAM_INPUT - 1)
+        .max_idle_age(UPSTREAM_IDLE))
 }
 
 type AgentConfig = ureq::config::ConfigBuilder<ureq::typestate::AgentScope>;
 
-impl Network {
-    fn new(config: &Config) -> Result<Network, Error> {
-        let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-        let mut proxy = config.proxy.clone();
-        let names = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"];
-        if let (None, Some(name)) = (&proxy, names.iter().find(|n| variable(n).is_some())) {
-            let wrong = || Error::start(format!("{name} (not shown)"), "expected a proxy's URL");
-            proxy = Some(ureq::Proxy::try_from_env().ok_or_else(wrong)?);
-        }
-        let mut roots = RootCerts::WebPki;
-        if let Some(path) = variable("SSL_CERT_FILE") {
-            let wrong = |e| Error::start("SSL_CERT_FILE", e);
-            let found = certificates(path.as_ref()).map_err(wrong)?;
-            let owned = |der| ureq::tls::Certificate::from_der(der).to_owned();
-            roots = found.iter().map(|der| owned(der)).into();
-        }
-        Ok(Network { proxy, roots })
-    }
-
-    /// For a ureq agent with everything automatic off.
-    fn agent(&self, url: &str) -> AgentConfig {
-        let loopback = url.parse().is_ok_and(|uri| is_loopback(&uri));
-        let tls = ureq::tls::TlsConfig::builder().root_certs(self.roots.clone());
-        ureq::Agent::config_builder()
-            .tls_config(tls.build())
-            .proxy(self.proxy.clone().filter(|_| !loopback))
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .accept("")
-            .accept_encoding("")
-            .user_agent("")
-            .allow_non_standard_methods(true)
-            .input_buffer_size(UPSTREAM_INPUT)
-            .output_buffer_size(UPSTREAM_OUTPUT)
-            .max_response_header_size(UPSTREAM_INPUT - 1)
-            .max_idle_age(UPSTREAM_IDLE)
-    }
-}
-
 /// The certificates in a PEM file, one at least.
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let name = path.display();
-    let pem = fs::read(path).map_err(|e| format!("read {name}: {e}"))?;
+    let failed = |why: &dyn Display| format!("{}: {why}", path.display());
+    let pem = fs::read(path).map_err(|e| failed(&e))?;
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
     let found = found.ok().filter(|found| !found.is_empty());
-    found.ok_or_else(|| format!("no certificate in {name}, expected PEM"))
+    found.ok_or_else(|| failed(&"found no certificate, expected PEM"))
 }
 
 /// The host of a URL, where it is an address and needs no resolver.
@@ -1657,105 +1700,115 @@ struct Upstream {
 }
 
 impl Upstream {
-    fn new(settings: ProviderSettings, config: &Config, network: &Network) -> Upstream {
-        let time = Some(config.request_timeout);
+    fn new(settings: ProviderSettings, config: &Config) -> Result<Upstream, Error> {
+        let (provider, time) = (settings.provider, Some(config.request_timeout));
+        let base_url = settings.base_url.unwrap_or(provider.base_url.into());
+        let token_url = settings.token_url.unwrap_or(provider.token_url.into());
+        let calls = agent(config, &token_url)?.max_idle_connections(0);
         // An address needs no resolver, whose time limit costs a thread a request.
-        let named = |uri| address_of(&uri).is_none();
-        let named = settings.base_url.parse().is_ok_and(named);
-        let agent = network
-            .agent(&settings.base_url)
+        let named = base_url.parse().is_ok_and(|uri| address_of(&uri).is_none());
+        let requests = agent(config, &base_url)?
             .timeout_resolve(time.filter(|_| named))
             .timeout_connect(time)
             .timeout_send_request(time)
             .timeout_per_write(time)
             .timeout_recv_response(time)
             .timeout_per_read(Some(config.stream_idle_timeout))
-            .max_idle_connections(config.workers)
-            .max_idle_connections_per_host(config.workers);
+            .max_idle_connections(config.workers.get().into())
+            .max_idle_connections_per_host(config.workers.get().into());
         let connector = DefaultConnector::new().chain(Patience);
-        Upstream {
-            agent: ureq::Agent::with_parts(agent.build(), connector, DefaultResolver::default()),
-            credential: Arc::new(Credential::new(&settings, &config.state_dir, network)),
-            provider: settings.provider,
-            base_url: settings.base_url,
+        let resolver = DefaultResolver::default();
+        Ok(Upstream {
+            provider,
+            base_url,
             headers: settings.headers,
-        }
+            agent: ureq::Agent::with_parts(requests.build(), connector, resolver),
+            credential: Arc::new(Credential {
+                provider,
+                path: provider.path(&config.state_dir),
+                token_url,
+                agent: calls.timeout_global(Some(TOKEN_TIME)).build().new_agent(),
+                interval: config.refresh_check_interval,
+                state: Mutex::default(),
+                changed: Condvar::new(),
+            }),
+        })
     }
 
-    /// The header policy: a request to upstream but for its token and body.
-    fn outgoing(
-        &self,
-        request: &tiny_http::Request,
-        url: String,
-        head: &Head,
-    ) -> Result<http::Request<()>, Reply> {
-        let method = request.method().as_str();
-        let mut outgoing = http::Request::builder().method(method).uri(url);
-        for header in request.headers() {
-            let name = header.field.as_str().as_str().to_ascii_lowercase();
-            if !self.is_dropped(&name) && !head.nominated.contains(&name) {
-                outgoing = outgoing.header(name, header.value.as_str());
+    /// The header policy: the head of the request to upstream.
+    fn outgoing(&self, url: &str, token: &Token, head: &Head) -> Result<http::Request<()>, Reply> {
+        let method = head.method.as_str();
+        let request = http::Request::builder().method(method).uri(url).body(());
+        let mut request = request.map_err(|_| malformed("it cannot be passed on"))?;
+        let headers = request.headers_mut();
+        for (name, value) in &head.fields {
+            if !self.is_dropped(name.as_str()) && !head.nominated.iter().any(|n| name == n.as_str())
+            {
+                headers.append(name, value.clone());
             }
         }
         let usual = matches!(method, "POST" | "PUT" | "PATCH");
-        outgoing = match head.framing {
-            Framing::Sized(length) => outgoing.header(CONTENT_LENGTH, length),
-            Framing::Chunked => outgoing.header(TRANSFER_ENCODING, "chunked"),
+        match head.framing {
+            Framing::Sized(length) => headers.insert(CONTENT_LENGTH, length.into()),
+            Framing::Chunked => {
+                headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"))
+            }
             // Without it ureq would send these chunked (RFC 9110 section 8.6 wants it anyway).
-            Framing::Empty if usual => outgoing.header(CONTENT_LENGTH, 0),
-            Framing::Empty => outgoing,
+            Framing::Empty if usual => headers.insert(CONTENT_LENGTH, 0.into()),
+            Framing::Empty => None,
         };
-        let outgoing = outgoing.body(());
-        let mut outgoing = outgoing.map_err(|_| malformed("it cannot be passed on"))?;
-        let headers = outgoing.headers_mut();
         for (name, value) in &self.headers {
             headers.insert(name, value.clone());
         }
+        let bearer = format!("Bearer {}", token.access.expose());
+        headers.insert(AUTHORIZATION, header_value(&bearer));
         if let Some(ours) = self.provider.beta {
             let merged = merged_beta(headers, ours);
             headers.insert("anthropic-beta", header_value(&merged));
+        } else if let Some(account) = &token.account {
+            headers.insert("chatgpt-account-id", header_value(account.expose()));
         }
-        Ok(outgoing)
+        Ok(request)
     }
 
     /// What is the client's own: its secrets, what holds for its connection only, and what would
     /// tell upstream about it.
     fn is_dropped(&self, name: &str) -> bool {
         is_reserved(name)
-            || matches!(name, EXCHANGE | "forwarded" | "x-real-ip")
+            || matches!(name, "forwarded" | "x-real-ip")
             || name.starts_with("x-forwarded-")
             || self.provider.beta.is_none() && name.starts_with("anthropic-")
     }
 
+    /// Asks upstream. `held` is what was read of the body already; the rest is streamed.
     fn send(
         &self,
-        outgoing: &http::Request<()>,
+        url: &str,
         token: &Token,
         held: &[u8],
-        exchange: &mut Exchange,
+        asked: &mut Exchange,
     ) -> Result<Answer, Fault> {
-        let mut request = outgoing.clone();
-        let headers = request.headers_mut();
-        let bearer = format!("Bearer {}", token.access.expose());
-        headers.insert(AUTHORIZATION, header_value(&bearer));
-        if let (None, Some(account)) = (self.provider.beta, &token.account) {
-            headers.insert("chatgpt-account-id", header_value(account.expose()));
-        }
-        headers.values_mut().for_each(|v| v.set_sensitive(true));
-        let sized = headers.contains_key(CONTENT_LENGTH);
-        let bodied = sized || headers.contains_key(TRANSFER_ENCODING);
-        let (agent, mut body) = (&self.agent, held.chain(&mut *exchange));
+        let request = self.outgoing(url, token, &asked.head)?;
+        let framed = [CONTENT_LENGTH, TRANSFER_ENCODING];
+        let bodied = framed
+            .iter()
+            .any(|name| request.headers().contains_key(name));
+        let mut body = held.chain(&mut *asked);
         let answer = match bodied {
-            true => agent.run(request.map(|()| SendBody::from_reader(&mut body))),
-            false => agent.run(request),
+            true => self
+                .agent
+                .run(request.map(|()| SendBody::from_reader(&mut body))),
+            false => self.agent.run(request),
         };
         answer.map_err(|e| {
-            let why = match e {
-                ureq::Error::Timeout(_) => (504, "did not answer within request_timeout".into()),
-                e => (502, format!("cannot be reached, or broke off: {e}")),
+            let name = self.provider.name;
+            let reply = match e {
+                ureq::Error::Timeout(_) => {
+                    Reply::new(504, format!("{name} did not answer within request_timeout"))
+                }
+                e => Reply::new(502, format!("{name} cannot be reached, or broke off: {e}")),
             };
-            let reply = Reply::new(why.0, format!("{} {}", self.provider.name, why.1));
-            exchange.fault.take().unwrap_or(reply.into())
+            asked.fault.take().unwrap_or(reply.into())
         })
     }
 }
@@ -1841,29 +1894,27 @@ fn merged_beta(headers: &HeaderMap, ours: &str) -> String {
 // One rule bounds all of it: a socket knows an instant until which the present step must be done.
 
 struct Socket {
-    tcp: Arc<TcpStream>,
+    /// Never blocks by itself.
+    tcp: TcpStream,
     /// When the present step ends in `TimedOut`.
     until: Instant,
-    /// The time limit that the kernel was last told.
-    told: Duration,
+    /// With a worker it waits until then; in the gate it is `WouldBlock`.
+    waits: bool,
 }
 
 impl Socket {
-    /// Does one read or write. The kernel is told of the time left only when that has changed
-    /// much; it may be told less, as every wait is followed by another look at the clock.
-    fn step<T>(&mut self, mut go: impl FnMut(&TcpStream) -> io::Result<T>) -> io::Result<T> {
+    fn step<T>(&self, flags: PollFlags, mut go: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         loop {
             let left = left_until(self.until);
-            if left < Duration::from_millis(1) {
+            if left.is_zero() {
                 return Err(ErrorKind::TimedOut.into());
             }
-            if self.told < left / 2 || self.told > left + Duration::from_millis(100) {
-                self.told = left;
-                self.tcp.set_read_timeout(Some(left))?;
-                self.tcp.set_write_timeout(Some(left))?;
-            }
-            match go(&self.tcp) {
-                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+            match go() {
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock && self.waits => {
+                    let mut source = [PollFd::new(&self.tcp, flags)];
+                    let _ = poll(&mut source, left.try_into().ok().as_ref());
+                }
                 outcome => return outcome,
             }
         }
@@ -1872,17 +1923,13 @@ impl Socket {
 
 impl Read for Socket {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        self.step(|mut tcp| tcp.read(out))
+        self.step(PollFlags::IN, || (&self.tcp).read(out))
     }
 }
 
 impl Write for Socket {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.step(|mut tcp| tcp.write(bytes))
-    }
-
-    fn write_vectored(&mut self, parts: &[IoSlice]) -> io::Result<usize> {
-        self.step(|mut tcp| tcp.write_vectored(parts))
+        self.step(PollFlags::OUT, || (&self.tcp).write(bytes))
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -1892,9 +1939,14 @@ impl Write for Socket {
 
 struct Stream {
     socket: Socket,
+    peer: SocketAddr,
     tls: Option<Box<rustls::ServerConnection>>,
     /// Read from the client but not used yet: it travels with the stream.
     ahead: Vec<u8>,
+    /// In the gate: more may be there than its socket tells.
+    fresh: bool,
+    /// After its last answer, how much of what it still sends is taken.
+    leaving: Option<usize>,
 }
 
 impl Read for Stream {
@@ -1922,23 +1974,46 @@ impl BufRead for Stream {
 }
 
 impl Stream {
-    fn new(tcp: Arc<TcpStream>) -> Stream {
-        let (until, told) = (Instant::now(), Duration::ZERO);
-        Stream {
-            socket: Socket { tcp, until, told },
-            tls: None,
+    fn new(tcp: TcpStream, peer: SocketAddr, tls: Option<rustls::ServerConnection>) -> Stream {
+        let (until, waits) = (Instant::now(), false);
+        let stream = Stream {
+            socket: Socket { tcp, until, waits },
+            peer,
+            tls: tls.map(Box::new),
             ahead: Vec::new(),
+            fresh: true,
+            leaving: None,
+        };
+        stream.rest()
+    }
+
+    /// The stream as it is in the gate: between two heads, or after its last answer.
+    fn rest(mut self) -> Stream {
+        let time = match self.leaving {
+            Some(_) => LINGER_TIME,
+            None if self.is_shaking() => HEAD_TIME,
+            None => IDLE_TIME,
+        };
+        self.socket.until = Instant::now() + time;
+        (self.socket.waits, self.fresh) = (false, true);
+        self
+    }
+
+    fn is_shaking(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.is_handshaking())
+    }
+
+    /// When the gate looks at it even if its socket is silent.
+    fn due(&self) -> Instant {
+        if self.fresh {
+            Instant::now()
+        } else {
+            self.socket.until
         }
     }
 
-    fn handshake(&mut self, config: Arc<rustls::ServerConfig>) -> io::Result<()> {
-        self.socket.until = Instant::now() + HEAD_TIME;
-        let mut tls = rustls::ServerConnection::new(config).map_err(io::Error::other)?;
-        while tls.is_handshaking() {
-            tls.complete_io(&mut self.socket)?;
-        }
-        self.tls = Some(Box::new(tls));
-        Ok(())
+    fn is_due(&self) -> bool {
+        left_until(self.due()).is_zero()
     }
 
     fn receive(&mut self, out: &mut [u8]) -> io::Result<usize> {
@@ -1950,38 +2025,57 @@ impl Stream {
 
     /// Takes in what has come, behind what was read ahead.
     fn fill(&mut self) -> io::Result<usize> {
-        let mut chunk = [0; 4096];
+        let mut chunk = [0; CHUNK_SIZE];
         let count = self.receive(&mut chunk)?;
         self.ahead.extend_from_slice(&chunk[..count]);
         Ok(count)
     }
 
-    /// The next head; `None` when the client has nothing more to say.
-    fn read_head(&mut self) -> Result<Option<Head>, Reply> {
-        let (mut searched, mut begun) = (0, !self.ahead.is_empty());
-        self.socket.until = Instant::now() + if begun { HEAD_TIME } else { IDLE_TIME };
+    /// Reads on in the gate: the next head, once it is whole.
+    fn read_on(&mut self) -> Result<Option<Head>, Fault> {
+        let shaking = self.is_shaking();
+        self.fresh = false;
         loop {
-            // One empty line before a request is nothing (RFC 9112 section 2.2).
-            if searched < 2 && self.ahead.starts_with(b"\r\n") {
-                self.consume(2);
-                searched = 0;
-            }
-            if let Some(length) = head_end(&self.ahead, searched)? {
-                let head = Head::parse(&self.ahead[..length])?;
-                self.consume(length);
+            if self.leaving.is_none()
+                && let Some(head) = self.head()?
+            {
                 return Ok(Some(head));
             }
-            searched = self.ahead.len();
-            match self.fill() {
-                Ok(1..) if begun => {}
-                Ok(1..) => self.socket.until = Instant::now() + HEAD_TIME,
-                Err(e) if e.kind() == ErrorKind::TimedOut && begun => {
-                    return Err(Reply::new(408, "the head came too slowly; send it at once"));
+            let begun = !self.ahead.is_empty();
+            match (self.fill(), &mut self.leaving) {
+                (Ok(count @ 1..), Some(left)) if count < *left => {
+                    *left -= count;
+                    self.ahead.clear();
                 }
-                _ => return Ok(None),
+                (Ok(1..), None) if begun => {}
+                (Ok(1..), None) => self.socket.until = Instant::now() + HEAD_TIME,
+                (Err(e), _) if e.kind() == ErrorKind::WouldBlock => {
+                    if shaking && !self.is_shaking() {
+                        self.socket.until = Instant::now() + IDLE_TIME;
+                    }
+                    return Ok(None);
+                }
+                (Err(e), None) if e.kind() == ErrorKind::TimedOut && begun => {
+                    return Err(Reply::new(408, "the head came too slowly; send it at once").into());
+                }
+                (Err(e), _) => return Err(Fault::Broken(e.to_string())),
+                _ => return Err(Fault::Broken("it has ended".into())),
             }
-            begun = true;
         }
+    }
+
+    /// The head at the start of what was read ahead, once it is whole.
+    fn head(&mut self) -> Result<Option<Head>, Reply> {
+        // One empty line before a request is nothing (RFC 9112 section 2.2).
+        if self.ahead.starts_with(b"\r\n") {
+            self.consume(2);
+        }
+        let Some(length) = head_end(&self.ahead)? else {
+            return Ok(None);
+        };
+        let head = Head::parse(&self.ahead[..length])?;
+        self.consume(length);
+        Ok(Some(head))
     }
 
     fn write_piece(&mut self, piece: &[u8]) -> io::Result<()> {
@@ -1992,42 +2086,19 @@ impl Stream {
         }
     }
 
-    /// The end of a connection whose answer must still be read: a client that is sending sees a
-    /// reset, and not the answer, if it is closed at once (RFC 9112 section 9.6).
-    fn linger(mut self) {
-        self.socket.until = Instant::now() + LINGER_TIME;
+    /// Says that nothing more will be sent. What still comes is drained: a client that is sending
+    /// would see a reset, and not the answer, were it closed at once (RFC 9112 section 9.6).
+    fn farewell(&mut self) {
         if let Some(tls) = &mut self.tls {
             tls.send_close_notify();
             while tls.wants_write() && tls.write_tls(&mut self.socket).is_ok() {}
         }
         let _ = self.socket.tcp.shutdown(Shutdown::Write);
-        let _ = io::copy(&mut self.socket.take(LINGER_SIZE as u64), &mut io::sink());
+        self.leaving = Some(LINGER_SIZE);
     }
-}
-
-/// A client's request on its way to a worker, all but what tiny_http carries.
-struct Exchange {
-    stream: Stream,
-    head: Head,
-    body: Body,
-    /// Why reading the body failed: ureq shows only an error of its own.
-    fault: Option<Fault>,
 }
 
 impl Exchange {
-    fn new(stream: Stream, head: Head) -> Exchange {
-        Exchange {
-            body: Body::new(head.framing),
-            stream,
-            head,
-            fault: None,
-        }
-    }
-
-    fn unread(&self) -> bool {
-        !self.body.done
-    }
-
     /// Reads the body into memory, whole if it is small. A large one that says its size is not
     /// read at all; of one that does not, its beginning.
     fn hold(&mut self) -> Result<Vec<u8>, Fault> {
@@ -2088,10 +2159,10 @@ struct Body {
 
 impl Body {
     fn new(framing: Framing) -> Body {
-        let chunked = framing == Framing::Chunked;
-        let left = match framing {
-            Framing::Sized(length) => length,
-            _ => 0,
+        let (left, chunked) = match framing {
+            Framing::Empty => (0, false),
+            Framing::Sized(length) => (length, false),
+            Framing::Chunked => (0, true),
         };
         Body {
             left,
@@ -2134,10 +2205,10 @@ impl Body {
         let digits = size.bytes().all(|b| b.is_ascii_hexdigit());
         let size = u64::from_str_radix(size, 16).ok().filter(|_| digits);
         self.left = size.ok_or_else(|| invalid("a chunk's size is not a number"))?;
-        let mut lines = 0;
+        let mut trailers = 0;
         while self.left == 0 && !chunk_line(source)?.is_empty() {
-            lines += 1;
-            if lines > FIELD_COUNT {
+            trailers += 1;
+            if trailers > FIELD_COUNT {
                 return Err(invalid("there are too many trailers"));
             }
         }
@@ -2162,19 +2233,21 @@ fn chunk_line(source: &mut impl BufRead) -> io::Result<String> {
 }
 
 /// Passes the answer down as it comes: each piece is written at once.
-fn relay(answer: Answer, exchange: &mut Exchange, access: &mut Access) -> Result<(), Fault> {
+fn relay(answer: Answer, exchange: &mut Exchange) -> Outcome {
     let gone = |e: io::Error| Fault::Broken(format!("the client went away, or took nothing: {e}"));
     let (parts, body) = answer.into_parts();
-    let fields = parts.headers.iter();
-    let fields = fields.map(|(name, value)| (name.as_str(), value.to_str().unwrap_or_default()));
-    debug!("peer={} answer: {}", access.peer, shown(fields));
-    access.status = parts.status.as_u16();
+    debug!(
+        "peer={} answer: {}",
+        exchange.stream.peer,
+        shown(&parts.headers)
+    );
+    exchange.status = parts.status.as_u16();
     let request_id = parts.headers.get("request-id");
-    access.request_id = request_id.or(parts.headers.get("x-request-id")).cloned();
-    let bodyless = access.method == "HEAD" || matches!(access.status, 204 | 304);
+    exchange.request_id = request_id.or(parts.headers.get("x-request-id")).cloned();
+    let bodyless = exchange.head.method == "HEAD" || matches!(exchange.status, 204 | 304);
     let (head, chunked) = answer_head(&parts, bodyless, &mut exchange.head);
     exchange.stream.write_piece(&head).map_err(gone)?;
-    access.first = Some(access.started.elapsed());
+    exchange.first = Some(exchange.started.elapsed());
     if bodyless {
         return Ok(());
     }
@@ -2192,7 +2265,7 @@ fn relay(answer: Answer, exchange: &mut Exchange, access: &mut Access) -> Result
         }
         let framed = if chunked { 0..end + 2 } else { SIZE..end };
         exchange.stream.write_piece(&piece[framed]).map_err(gone)?;
-        access.bytes += count as u64;
+        exchange.bytes += count as u64;
         if end == room {
             piece.resize(SIZE + PIECE_SIZE + 2, 0);
         }
@@ -2218,17 +2291,19 @@ fn answer_head(parts: &http::response::Parts, bodyless: bool, asked: &mut Head) 
     asked.close |= !sized && !bodyless && asked.http10;
     let reason = parts.status.canonical_reason().unwrap_or_default();
     let mut head = format!("HTTP/1.1 {} {reason}\r\n", parts.status.as_str()).into_bytes();
-    let items = |value: &HeaderValue| value.to_str().unwrap_or_default().to_lowercase();
-    let connection: Vec<_> = headers.get_all("connection").iter().map(items).collect();
-    let connection = connection.join(",");
+    let connection = headers.get_all("connection").iter();
+    let connection = connection.filter_map(|value| value.to_str().ok());
+    let nominated: Vec<_> = connection
+        .flat_map(|v| v.split(','))
+        .map(str::trim)
+        .collect();
     for (name, value) in headers {
-        let name = name.as_str();
-        let dropped = is_hop_by_hop(name)
-            || matches!(name, "set-cookie" | "alt-svc")
+        let dropped = is_hop_by_hop(name.as_str())
+            || matches!(name.as_str(), "set-cookie" | "alt-svc")
             || name == CONTENT_LENGTH && !sized
-            || connection.split(',').any(|item| item.trim() == name);
+            || nominated.iter().any(|n| name == *n);
         if !dropped {
-            head.extend([name.as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
+            head.extend([name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
         }
     }
     if chunked {
@@ -2246,79 +2321,109 @@ fn answer_head(parts: &http::response::Parts, bodyless: bool, asked: &mut Head) 
 // file, the field, what was found and what would be right; what was found is not shown where it
 // could be a secret.
 
-/// What a field stands for, or what is wrong with it.
-type Checked<T> = Result<T, String>;
-
+#[derive(Deserialize)]
+#[serde(default, deny_unknown_fields)]
 struct Config {
+    #[serde(deserialize_with = "address")]
     listen: String,
+    #[serde(deserialize_with = "folder")]
     state_dir: PathBuf,
+    #[serde(deserialize_with = "log_level")]
     log_level: LevelFilter,
     providers: Vec<ProviderSettings>,
     users: Vec<User>,
+    #[serde(deserialize_with = "duration")]
     request_timeout: Duration,
+    #[serde(deserialize_with = "duration")]
     stream_idle_timeout: Duration,
+    #[serde(deserialize_with = "duration")]
     refresh_check_interval: Duration,
-    workers: usize,
+    workers: NonZeroU16,
+    #[serde(deserialize_with = "proxy")]
     proxy: Option<ureq::Proxy>,
-    tls: Option<TlsFiles>,
+    #[serde(deserialize_with = "tls")]
+    tls: Option<Tls>,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            listen: ":8080".into(),
+            state_dir: expand("~/.ai-mux".into()).unwrap_or_default(),
+            log_level: LevelFilter::Info,
+            providers: Vec::new(),
+            users: Vec::new(),
+            request_timeout: Duration::from_secs(60),
+            stream_idle_timeout: Duration::from_secs(300),
+            refresh_check_interval: Duration::from_secs(600),
+            workers: const { NonZeroU16::new(64).unwrap() }, // not zero, as the compiler sees
+            proxy: None,
+            tls: None,
+        }
+    }
 }
 
 impl Config {
     fn load(path: Option<&Path>) -> Result<Config, Error> {
         let Some(path) = path else {
-            return Config::read(Yaml::Null).map_err(Error::config);
+            return Config::read(Mapping::new()).map_err(Error::config);
         };
         let wrong = |e: &dyn Display| Error::config(format!("{}: {e}", path.display()));
-        let text = fs::read_to_string(path).map_err(|e| wrong(&format!("read: {e}")))?;
+        let text = fs::read_to_string(path).map_err(|e| wrong(&e))?;
         let file = match path.extension().is_some_and(|e| e == "json") {
             true => serde_json::from_str(&text).map_err(|e| wrong(&e))?,
             false => serde_yaml::from_str(&text).map_err(|e| wrong(&e))?,
         };
-        Config::read(file).map_err(|e| wrong(&e))
+        let fields = match file {
+            Yaml::Null => Mapping::new(),
+            Yaml::Mapping(fields) => fields,
+            _ => return Err(wrong(&"expected lines of the form NAME: VALUE")),
+        };
+        Config::read(fields).map_err(|e| wrong(&e))
     }
 
-    fn read(file: Yaml) -> Checked<Config> {
-        let mut fields = Fields::new(String::new(), file)?;
-        let listen = fields.take("listen", ADDRESS, address)?;
-        let state_dir = fields.take("state_dir", PATH, expand)?;
-        let state_dir = state_dir.or_else(|| expand("~/.ai-mux".into()));
-        let log_level = fields.take("log_level", LEVELS, log_level)?;
-        let possible = |number: usize| (1..=4096).contains(&number).then_some(number);
-        let workers = fields.take("workers", "1 to 4096", possible)?;
-        let tls = fields.take("tls", "a mapping", Some)?;
-        let (tick, second) = (Duration::from_millis(1), Duration::from_secs(1));
-        let config = Config {
-            listen: listen.unwrap_or(":8080".into()),
-            state_dir: state_dir.ok_or("state_dir: no HOME for its default, expected a path")?,
-            log_level: log_level.unwrap_or(LevelFilter::Info),
-            providers: fields.list("providers", ProviderSettings::read)?,
-            users: fields.list("users", User::read)?,
-            request_timeout: fields.time("request_timeout", 60, tick)?,
-            stream_idle_timeout: fields.time("stream_idle_timeout", 300, tick)?,
-            refresh_check_interval: fields.time("refresh_check_interval", 600, second)?,
-            workers: workers.unwrap_or(64),
-            proxy: fields.take("proxy", PROXY, proxy)?,
-            tls: TlsFiles::read(tls.unwrap_or_default())?,
-        };
-        fields.end()?;
-        config.check()?;
-        Ok(config)
+    fn read(mut file: Mapping) -> Result<Config, String> {
+        // No value is as good as no field, and a provider may be just its name.
+        file.retain(|_, value| !value.is_null());
+        let providers = file.get_mut("providers").and_then(Yaml::as_sequence_mut);
+        for entry in providers.into_iter().flatten().filter(|e| e.is_string()) {
+            let name = std::mem::take(entry);
+            *entry = Mapping::from_iter([("name".into(), name)]).into();
+        }
+        let config: Config = serde_path_to_error::deserialize(Yaml::from(file)).map_err(|e| {
+            let (path, mut why) = (e.path().to_string(), e.inner().to_string());
+            // serde says "invalid type: FOUND, expected WHAT".
+            let secret = path.starts_with("users") || path.contains("headers");
+            if secret && why.starts_with("invalid") {
+                let right = why.split(", expected ").last().unwrap_or_default();
+                why = format!("found what is not shown, expected {right}");
+            }
+            format!("{path}: {why}")
+        })?;
+        config.check().map(|()| config)
     }
 
     /// What one field alone cannot tell.
-    fn check(&self) -> Checked<()> {
+    fn check(&self) -> Result<(), String> {
         let same = |a: &User, b: &User| a.name == b.name || a.token == b.token;
         if let Some(user) = repeated(&self.users, same) {
-            let name = &user.name;
-            return Err(format!("users: found {name:?} or its token again"));
+            return Err(format!("users: found {:?} or its token again", user.name));
         }
         let same = |a: &ProviderSettings, b: &ProviderSettings| a.provider.name == b.provider.name;
         if let Some(again) = repeated(&self.providers, same) {
             let name = again.provider.name;
             return Err(format!("providers: found {name} again, expected each once"));
         }
-        let tls = self.tls.as_ref().map(TlsFiles::load).transpose();
-        tls.map(drop).map_err(|e| format!("tls.{e}"))
+        if self.refresh_check_interval < Duration::from_secs(1) {
+            let found = self.refresh_check_interval;
+            return Err(format!(
+                "refresh_check_interval: found {found:?}, expected at least 1s"
+            ));
+        }
+        if self.state_dir.as_os_str().is_empty() {
+            return Err("state_dir: no HOME for its default, expected a path".into());
+        }
+        Ok(())
     }
 
     /// Those configured, or, where none is, those that have a credential file.
@@ -2328,7 +2433,7 @@ impl Config {
         }
         let path = |provider: &Provider| provider.path(&self.state_dir);
         let found = PROVIDERS.iter().filter(|p| path(p).exists());
-        let found: Vec<_> = found.map(ProviderSettings::from).collect();
+        let found: Vec<_> = found.map(ProviderSettings::new).collect();
         if found.is_empty() {
             let [claude, chatgpt] = PROVIDERS.each_ref().map(path);
             let why = format!("neither {claude:?} nor {chatgpt:?} is there; log in first");
@@ -2345,190 +2450,118 @@ fn repeated<T>(items: &[T], same: impl Fn(&T, &T) -> bool) -> Option<&T> {
 }
 
 /// A provider, as configured.
-#[derive(Clone)]
+#[derive(Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct ProviderSettings {
+    #[serde(rename = "name", deserialize_with = "provider")]
     provider: &'static Provider,
+    #[serde(default, deserialize_with = "headers")]
     headers: HeaderMap,
-    base_url: String,
-    token_url: String,
-}
-
-impl From<&'static Provider> for ProviderSettings {
-    fn from(provider: &'static Provider) -> ProviderSettings {
-        ProviderSettings {
-            provider,
-            headers: HeaderMap::new(),
-            base_url: provider.base_url.into(),
-            token_url: provider.token_url.into(),
-        }
-    }
+    #[serde(default, deserialize_with = "url")]
+    base_url: Option<String>,
+    #[serde(default, deserialize_with = "url")]
+    token_url: Option<String>,
 }
 
 impl ProviderSettings {
-    fn read(mut fields: Fields) -> Checked<ProviderSettings> {
-        let at = fields.path.clone();
-        let known = |name: String| PROVIDERS.iter().find(|p| p.name == name);
-        let provider = fields.take("name", "claude or chatgpt", known)?;
-        let provider = provider.ok_or_else(|| format!("{at}name: missing"))?;
-        let mut settings = ProviderSettings::from(provider);
-        let strings = Some::<HashMap<String, String>>;
-        let headers = fields.take("headers", "names and strings", strings)?;
-        for (name, value) in headers.unwrap_or_default() {
-            let key = HeaderName::try_from(&name).ok();
-            let key = key.filter(|key| !is_reserved(key.as_str()));
-            let (Some(key), Ok(value)) = (key, HeaderValue::from_str(&value)) else {
-                let right = "a header that may be set, and its value in ASCII";
-                return Err(format!("{at}headers.{name}: (not shown) expected {right}"));
-            };
-            settings.headers.insert(key, value);
+    fn new(provider: &'static Provider) -> ProviderSettings {
+        ProviderSettings {
+            provider,
+            headers: HeaderMap::new(),
+            base_url: None,
+            token_url: None,
         }
-        let base_url = fields.take("base_url", URL, url)?;
-        let token_url = fields.take("token_url", URL, url)?;
-        settings.base_url = base_url.unwrap_or(settings.base_url);
-        settings.token_url = token_url.unwrap_or(settings.token_url);
-        fields.end().map(|()| settings)
     }
 }
 
-#[derive(Clone)]
+#[derive(Clone, Deserialize)]
+#[serde(try_from = "RawUser")]
 struct User {
     name: String,
     token: Secret,
 }
 
-impl User {
-    fn read(mut fields: Fields) -> Checked<User> {
-        let plain = |name: &String| !name.is_empty() && !name.contains(char::is_control);
-        let name = fields.take("name", "a name", |name| Some(name).filter(plain))?;
-        let token = fields.take("token", TOKEN, |text: String| user_token(&text))?;
-        let file = |path| user_token(fs::read_to_string(expand(path)?).ok()?.trim());
-        let from_file = fields.take("token_file", TOKEN_FILE, file)?;
-        fields.end()?;
-        let at = fields.path;
-        let wrong = || format!("expected `{at}name`, and one of `token` and `token_file`");
-        let (name, token) = name.zip(token.xor(from_file)).ok_or_else(wrong)?;
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawUser {
+    name: String,
+    token: Option<String>,
+    token_file: Option<PathBuf>,
+}
+
+impl TryFrom<RawUser> for User {
+    type Error = String;
+
+    fn try_from(raw: RawUser) -> Result<User, String> {
+        let name = raw.name;
+        if name.is_empty() || name.contains(char::is_control) {
+            return Err("expected a name without control characters".into());
+        }
+        let text = match (raw.token, &raw.token_file) {
+            (Some(token), None) => Ok(token),
+            (None, Some(path)) => fs::read_to_string(path)
+                .map(|text| text.trim().to_owned())
+                .map_err(|e| format!("token_file {}: {e}", path.display())),
+            _ => Err("expected one of `token` and `token_file`".into()),
+        }?;
+        let long = text.len() >= 16 && !text.contains(' ');
+        let token = Secret::new(&text).filter(|_| long);
+        let right = "a token of 16 or more visible ASCII characters";
+        let token = token.ok_or_else(|| format!("{name:?}: expected {right}"))?;
         Ok(User { name, token })
     }
 }
 
-#[derive(Clone)]
-struct TlsFiles {
-    cert: PathBuf,
-    key: PathBuf,
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawTls {
+    enabled: bool,
+    cert_path: Option<PathBuf>,
+    key_path: Option<PathBuf>,
 }
 
-impl TlsFiles {
-    fn read(value: Yaml) -> Checked<Option<TlsFiles>> {
-        let mut fields = Fields::new("tls.".into(), value)?;
-        let enabled = fields.take("enabled", "true or false", Some::<bool>)?;
-        let cert = fields.take("cert_path", PATH, expand)?;
-        let key = fields.take("key_path", PATH, expand)?;
-        fields.end()?;
-        match (enabled.unwrap_or(false), cert, key) {
-            (false, ..) => Ok(None),
-            (true, Some(cert), Some(key)) => Ok(Some(TlsFiles { cert, key })),
-            _ => Err("tls: expected `cert_path` and `key_path`".into()),
-        }
-    }
-
-    fn stamps(&self) -> [Option<Stamp>; 2] {
-        [Stamp::of(&self.cert), Stamp::of(&self.key)]
-    }
-
-    fn load(&self) -> Checked<Arc<CertifiedKey>> {
-        let (cert, key) = (self.cert.display(), self.key.display());
-        let chain = certificates(&self.cert).map_err(|e| format!("cert_path: {e}"))?;
-        let pem = fs::read(&self.key).map_err(|e| format!("key_path: read {key}: {e}"))?;
-        // The parser's own error could quote the key.
-        let der = PrivateKeyDer::from_pem_slice(&pem);
-        let der = der.map_err(|_| format!("key_path: no private key in {key}, expected PEM"))?;
-        let pair = CertifiedKey::from_der(chain, der, &rustls::crypto::ring::default_provider());
-        let wrong = |e| format!("key_path: {key} is not the key of {cert}: {e}");
-        pair.map(Arc::new).map_err(wrong)
+fn tls<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Tls>, D::Error> {
+    let raw = RawTls::deserialize(from)?;
+    let open = |(cert, key)| Tls::open(cert, key).map_err(D::Error::custom);
+    let lack = || D::Error::custom("expected `cert_path` and `key_path`");
+    match raw.cert_path.zip(raw.key_path) {
+        _ if !raw.enabled => Ok(None),
+        files => open(files.ok_or_else(lack)?).map(Some),
     }
 }
 
-/// A mapping whose fields are taken one by one; what is left in the end is unknown. No value is
-/// as good as no field.
-struct Fields {
-    /// What its fields' names are appended to: `users[0].`, or nothing.
-    path: String,
-    left: serde_yaml::Mapping,
-    known: Vec<&'static str>,
+/// A field, read as `R` and made into what it stands for; `right` says what it can be.
+fn checked<'de, D: Deserializer<'de>, R: DeserializeOwned, T>(
+    from: D,
+    right: &str,
+    made: impl FnOnce(R) -> Option<T>,
+) -> Result<T, D::Error> {
+    let found = Yaml::deserialize(from)?;
+    let text = serde_json::to_string(&found).unwrap_or_default();
+    // A URL with a user in it has a password in it.
+    let shown = if text.contains('@') {
+        "what is not shown"
+    } else {
+        &text
+    };
+    let wrong = || D::Error::custom(format!("found {shown}, expected {right}"));
+    serde_yaml::from_value(found)
+        .ok()
+        .and_then(made)
+        .ok_or_else(wrong)
 }
 
-impl Fields {
-    fn new(path: String, value: Yaml) -> Checked<Fields> {
-        let left = match value {
-            Yaml::Null => serde_yaml::Mapping::new(),
-            Yaml::Mapping(fields) => fields,
-            _ => return Err(format!("expected `{path}NAME: VALUE`")),
-        };
-        let known = Vec::new();
-        Ok(Fields { path, left, known })
-    }
-
-    /// A field, if it is there, as the type `R`, made into what it stands for; `right` says
-    /// what it can be.
-    fn take<R: DeserializeOwned, T>(
-        &mut self,
-        name: &'static str,
-        right: &str,
-        made: impl FnOnce(R) -> Option<T>,
-    ) -> Checked<Option<T>> {
-        self.known.push(name);
-        let found = self.left.remove(name).unwrap_or_default();
-        if found.is_null() {
-            return Ok(None);
-        }
-        let mut text = serde_yaml::to_string(&found).unwrap_or_default();
-        // What has several lines is out of place; a URL with a user in it has a password in it.
-        let secret = ["users", "token", "headers", "proxy"].contains(&name);
-        if secret || text.trim().contains(['@', '\n']) {
-            text = "(not shown)".into();
-        }
-        let value = serde_yaml::from_value(found).ok().and_then(made);
-        let (path, text) = (&self.path, text.trim());
-        let wrong = || format!("{path}{name}: found {text}, expected {right}");
-        value.map(Some).ok_or_else(wrong)
-    }
-
-    /// A list of mappings; an entry may be just its name.
-    fn list<T>(&mut self, name: &'static str, read: fn(Fields) -> Checked<T>) -> Checked<Vec<T>> {
-        let entries = self.take(name, "a list", Some::<Vec<Yaml>>)?;
-        let entries = entries.unwrap_or_default().into_iter().enumerate();
-        let read = |(at, mut entry): (usize, Yaml)| {
-            if entry.is_string() {
-                entry = serde_yaml::Mapping::from_iter([("name".into(), entry)]).into();
-            }
-            read(Fields::new(format!("{name}[{at}]."), entry)?)
-        };
-        entries.map(read).collect()
-    }
-
-    /// A duration, no longer than a year, so that no sum with a clock overflows.
-    fn time(&mut self, name: &'static str, usual: u64, least: Duration) -> Checked<Duration> {
-        let right = format!("60s, 1h30m or the like, or seconds; at least {least:?}");
-        let time = self.take(name, &right, |value: Yaml| {
-            let seconds = value.as_u64().map(Duration::from_secs);
-            let time = seconds.or_else(|| humantime::parse_duration(value.as_str()?).ok())?;
-            let year = Duration::from_secs(365 * 86400);
-            (least..=year).contains(&time).then_some(time)
-        });
-        Ok(time?.unwrap_or(Duration::from_secs(usual)))
-    }
-
-    fn end(&self) -> Checked<()> {
-        let Some(name) = self.left.keys().next() else {
-            return Ok(());
-        };
-        let (path, known) = (&self.path, self.known.join(", "));
-        let name = name.as_str().unwrap_or("(not text)");
-        Err(format!("{path}{name}: unknown, expected one of {known}"))
-    }
+fn address<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+    checked(from, "\":PORT\" or \"HOST:PORT\"", |text: String| {
+        let (host, port) = text.rsplit_once(':')?;
+        let plain = !host.contains(':') || host.starts_with('[') && host.ends_with(']');
+        (plain && port.parse::<u16>().is_ok()).then_some(text)
+    })
 }
 
-const PATH: &str = "a path, or ~/PATH where HOME is set";
+fn folder<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
+    checked(from, "a path, or ~/PATH where HOME is set", expand)
+}
 
 fn expand(path: String) -> Option<PathBuf> {
     match path.strip_prefix('~') {
@@ -2538,49 +2571,67 @@ fn expand(path: String) -> Option<PathBuf> {
     }
 }
 
-const ADDRESS: &str = "\":PORT\" or \"HOST:PORT\"";
-
-fn address(text: String) -> Option<String> {
-    let (host, port) = text.rsplit_once(':')?;
-    let plain = !host.contains(':') || host.starts_with('[') && host.ends_with(']');
-    (plain && port.parse::<u16>().is_ok()).then_some(text)
+fn log_level<'de, D: Deserializer<'de>>(from: D) -> Result<LevelFilter, D::Error> {
+    checked(from, "debug, info, warn or error", |text: String| {
+        let offered = ["debug", "info", "warn", "error"].contains(&text.as_str());
+        text.parse().ok().filter(|_| offered)
+    })
 }
 
-const LEVELS: &str = "debug, info, warn or error";
-
-fn log_level(text: String) -> Option<LevelFilter> {
-    let offered = LEVELS.split([',', ' ']).any(|word| word == text);
-    text.parse().ok().filter(|_| offered)
+/// Longer than nothing, and no longer than a year, so that no sum with a clock overflows.
+fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+    checked(from, "60s, 1h30m or the like, or seconds", |value: Yaml| {
+        let seconds = value.as_u64().map(Duration::from_secs);
+        let time = seconds.or_else(|| humantime::parse_duration(value.as_str()?).ok())?;
+        let most = Duration::from_secs(365 * 86400);
+        Some(time).filter(|time| !time.is_zero() && *time <= most)
+    })
 }
 
-const PROXY: &str = "http://HOST:PORT, socks5://HOST:PORT or the like";
-
-fn proxy(text: String) -> Option<ureq::Proxy> {
-    let uri: http::Uri = text.parse().ok()?;
-    let (authority, host) = (uri.authority()?.as_str(), uri.host()?);
-    let ported = uri.port_u16().is_some() || authority.ends_with(host);
-    let whole = uri.scheme().is_some() && !host.is_empty() && ported;
-    ureq::Proxy::new(&text).ok().filter(|_| whole)
+fn proxy<'de, D: Deserializer<'de>>(from: D) -> Result<Option<ureq::Proxy>, D::Error> {
+    checked(
+        from,
+        "http://HOST:PORT, socks5://HOST:PORT or the like",
+        |text: String| {
+            let uri: http::Uri = text.parse().ok()?;
+            let (authority, host) = (uri.authority()?.as_str(), uri.host()?);
+            let ported = uri.port_u16().is_some() || authority.ends_with(host);
+            let whole = uri.scheme().is_some() && !host.is_empty() && ported;
+            ureq::Proxy::new(&text).ok().filter(|_| whole).map(Some)
+        },
+    )
 }
 
-const URL: &str = "https://HOST/PATH, or http:// to a loopback address; no user, no query";
-
-fn url(text: String) -> Option<String> {
-    let uri: http::Uri = text.parse().ok()?;
-    let safe = match uri.scheme_str()? {
-        "http" => is_loopback(&uri),
-        scheme => scheme == "https",
-    };
-    let plain = !uri.host()?.is_empty() && !text.contains(['@', '?', '#']);
-    (safe && plain).then(|| text.trim_end_matches('/').to_owned())
+fn provider<'de, D: Deserializer<'de>>(from: D) -> Result<&'static Provider, D::Error> {
+    let known = |name: String| PROVIDERS.iter().find(|p| p.name == name);
+    checked(from, "claude or chatgpt", known)
 }
 
-const TOKEN: &str = "16 or more visible ASCII characters, in quotes if need be";
-const TOKEN_FILE: &str = "a file to read, with 16 or more visible ASCII characters";
+fn headers<'de, D: Deserializer<'de>>(from: D) -> Result<HeaderMap, D::Error> {
+    let mut headers = HeaderMap::new();
+    for (name, value) in HashMap::<String, String>::deserialize(from)? {
+        let key = HeaderName::try_from(&name).ok();
+        let key = key.filter(|key| !is_reserved(key.as_str()));
+        let Some((key, value)) = key.zip(HeaderValue::from_str(&value).ok()) else {
+            let right = "a header that may be set, with a value in ASCII";
+            return Err(D::Error::custom(format!("{name:?} is not {right}")));
+        };
+        headers.insert(key, value);
+    }
+    Ok(headers)
+}
 
-fn user_token(text: &str) -> Option<Secret> {
-    let right = text.len() >= 16 && !text.contains(' ');
-    Secret::new(text).filter(|_| right)
+fn url<'de, D: Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
+    let right = "https://HOST/PATH, or http:// to a loopback address; no user, no query";
+    checked(from, right, |text: String| {
+        let uri: http::Uri = text.parse().ok()?;
+        let safe = match uri.scheme_str()? {
+            "http" => is_loopback(&uri),
+            scheme => scheme == "https",
+        };
+        let plain = !uri.host()?.is_empty() && !text.contains(['@', '?', '#']);
+        (safe && plain).then(|| Some(text.trim_end_matches('/').to_owned()))
+    })
 }
 
 // ─── replies and errors ──────────────────────────────────────────────────────────────────────
@@ -2609,16 +2660,20 @@ struct Reply {
 
 impl Reply {
     fn new(status: u16, message: impl Into<String>) -> Reply {
+        let (message, retry_after) = (message.into(), None);
         Reply {
             status,
-            message: message.into(),
-            retry_after: None,
+            message,
+            retry_after,
         }
     }
 
-    fn retry_after(mut self, wait: Duration) -> Reply {
-        self.retry_after = Some(wait);
-        self
+    fn retry_after(self, wait: Duration) -> Reply {
+        let retry_after = Some(wait);
+        Reply {
+            retry_after,
+            ..self
+        }
     }
 
     fn internal() -> Reply {
@@ -2627,48 +2682,44 @@ impl Reply {
 
     /// The whole answer: head, and the body that both vendors' SDKs show; and that one's length.
     fn to_bytes(&self, head_only: bool, last: bool) -> (Vec<u8>, u64) {
-        let status = self.status;
-        let reason = http::StatusCode::from_u16(status).unwrap_or_default();
-        let kind = match status {
-            400 | 426 => "invalid_request_error",
-            401 => "authentication_error",
-            403 => "permission_error",
-            404 => "not_found_error",
-            408 | 504 => "timeout_error",
-            413 | 431 => "request_too_large",
-            _ => "api_error",
+        let status = http::StatusCode::from_u16(self.status).unwrap_or_default();
+        let (kind, extra) = match self.status {
+            401 => ("authentication_error", "www-authenticate: Bearer\r\n"),
+            403 => ("permission_error", ""),
+            404 => ("not_found_error", ""),
+            408 | 504 => ("timeout_error", ""),
+            413 | 431 => ("request_too_large", ""),
+            426 => (
+                "invalid_request_error",
+                "upgrade: HTTP/1.1\r\nconnection: upgrade\r\n",
+            ),
+            400 => ("invalid_request_error", ""),
+            _ => ("api_error", ""),
         };
-        let code = reason.canonical_reason().unwrap_or_default();
+        let code = status.canonical_reason().unwrap_or_default();
         let code = code.to_ascii_lowercase().replace(' ', "_");
         let error = json!({ "type": kind, "message": self.message, "param": null, "code": code });
-        let body = match status {
+        let body = match self.status {
             200 => self.message.clone(),
             _ => json!({ "type": "error", "error": error }).to_string(),
         };
-        let date = httpdate::fmt_http_date(SystemTime::now());
-        let mut text = format!("HTTP/1.1 {reason}\r\ndate: {date}\r\n");
-        text += &format!("content-length: {}\r\n", body.len());
-        if let Some(wait) = self.retry_after {
-            text += &format!("retry-after: {}\r\n", wait.as_secs());
+        let again = match (self.retry_after, self.status) {
+            (Some(wait), _) => format!("retry-after: {}\r\n", wait.as_secs()),
+            // Trying again cannot help; without this, SDKs do so for minutes and show nothing.
+            (None, 400..=407 | 409..500 | 503) => "x-should-retry: false\r\n".into(),
+            _ => String::new(),
+        };
+        let close = if last { "connection: close\r\n" } else { "" };
+        let (date, length) = (httpdate::fmt_http_date(SystemTime::now()), body.len());
+        let mut text = format!(
+            "HTTP/1.1 {status}\r\ndate: {date}\r\ncontent-type: application/json\r\n\
+             content-length: {length}\r\n{extra}{again}{close}\r\n"
+        );
+        if head_only {
+            return (text.into_bytes(), 0);
         }
-        // Trying again cannot help; without this, SDKs do so for minutes and show nothing.
-        let lasting = matches!(status, 400..=407 | 409..500 | 503) && self.retry_after.is_none();
-        for (said, field) in [
-            (true, "content-type: application/json\r\n"),
-            (status == 401, "www-authenticate: Bearer\r\n"),
-            (
-                status == 426,
-                "upgrade: HTTP/1.1\r\nconnection: upgrade\r\n",
-            ),
-            (lasting, "x-should-retry: false\r\n"),
-            (last, "connection: close\r\n"),
-            (true, "\r\n"),
-            (!head_only, &body),
-        ] {
-            text += if said { field } else { "" };
-        }
-        let length = if head_only { 0 } else { body.len() as u64 };
-        (text.into_bytes(), length)
+        text += &body;
+        (text.into_bytes(), length as u64)
     }
 }
 
@@ -2689,45 +2740,17 @@ fn body_too_large() -> Reply {
 // In: records of this program and its crates. Out: lines on standard error. No secret, and
 // nothing that a client chose, gets here unless it was checked or escaped.
 
-/// One line per request.
-struct Access {
-    peer: SocketAddr,
-    started: Instant,
-    user: String,
-    provider: &'static str,
-    method: String,
-    path: String,
-    status: u16,
-    /// Of the answer's body.
-    bytes: u64,
-    first: Option<Duration>,
-    request_id: Option<HeaderValue>,
-}
-
-impl Access {
-    fn new(peer: SocketAddr, method: &str, path: &str) -> Access {
-        Access {
-            peer,
-            started: Instant::now(),
-            user: "-".into(),
-            provider: "-",
-            method: method.into(),
-            path: path.into(),
-            status: 0,
-            bytes: 0,
-            first: None,
-            request_id: None,
-        }
-    }
-
+impl Exchange {
+    /// One line per request.
     fn log(&self, ended: Option<String>) {
-        let (peer, provider, method) = (self.peer, self.provider, &self.method);
+        let (peer, provider, head) = (self.stream.peer, self.provider, &self.head);
+        let (method, path) = (&head.method, path_of(&head.target));
+        let path = path.get(..200).unwrap_or(path); // ASCII, as the gate has seen to
+        let user = match self.user.contains([' ', '"']) {
+            true => &format!("{:?}", self.user),
+            false => &self.user,
+        };
         let (status, bytes) = (self.status, self.bytes);
-        let path = self.path.get(..200).unwrap_or(&self.path); // ASCII, as the gate has seen to
-        let mut user = self.user.clone();
-        if user.contains([' ', '"']) {
-            user = format!("{user:?}");
-        }
         let first = self.first.map(|first| format!("{}ms", first.as_millis()));
         let first = first.as_deref().unwrap_or("-");
         let total = self.started.elapsed().as_millis();
@@ -2740,19 +2763,21 @@ impl Access {
             let id = id.to_str().ok().filter(plain);
             line += &format!(" request-id={}", id.unwrap_or("?"));
         }
-        let ended = ended.map(|why| format!(" ended={why:?}"));
-        info!("{line}{}", ended.unwrap_or_default());
+        if let Some(why) = ended {
+            line += &format!(" ended={why:?}");
+        }
+        info!("{line}");
     }
 }
 
 /// Header fields for the log: the names of all, the values of those that are known to hold
 /// neither a secret nor anything personal.
-fn shown<'a>(fields: impl Iterator<Item = (&'a str, &'a str)>) -> String {
+fn shown(headers: &HeaderMap) -> String {
     const HARMLESS: &str = "accept accept-encoding anthropic-beta anthropic-version connection \
         content-encoding content-length content-type date request-id retry-after \
         transfer-encoding user-agent x-request-id x-should-retry";
-    let shown = fields.map(|(name, value)| {
-        match HARMLESS.split(' ').any(|h| h.eq_ignore_ascii_case(name)) {
+    let shown = headers.iter().map(|(name, value)| {
+        match HARMLESS.split(' ').any(|harmless| name == harmless) {
             true => format!("{name}: {value:?}"),
             false => format!("{name}: ({} bytes)", value.len()),
         }
@@ -2762,22 +2787,24 @@ fn shown<'a>(fields: impl Iterator<Item = (&'a str, &'a str)>) -> String {
 
 /// simple_logger, but for two things: the time, where the journal does not write it, and a
 /// standard error that nobody reads any more, on which it panics.
-struct Log(simple_logger::SimpleLogger);
+struct Log {
+    logger: simple_logger::SimpleLogger,
+    timed: bool,
+}
 
 impl log::Log for Log {
     fn enabled(&self, metadata: &log::Metadata) -> bool {
-        self.0.enabled(metadata)
+        self.logger.enabled(metadata)
     }
 
     fn log(&self, record: &log::Record) {
-        let journal = std::env::var_os("JOURNAL_STREAM").is_some();
         let now = humantime::format_rfc3339_seconds(SystemTime::now());
-        let time = if journal { "" } else { &format!("{now} ") };
+        let time = if self.timed { &format!("{now} ") } else { "" };
         let _ = catch_unwind(AssertUnwindSafe(|| {
             let text = format_args!("{time}{}", record.args());
             let mut timed = log::Record::builder();
             timed.metadata(record.metadata().clone()).args(text);
-            self.0.log(&timed.build());
+            self.logger.log(&timed.build());
         }));
     }
 
@@ -2797,7 +2824,8 @@ fn start_log(level: LevelFilter) {
         let _ = writeln!(io::stderr(), "ERROR [ai_mux] panic at {place}");
     }));
     log::set_max_level(level);
-    let _ = log::set_boxed_logger(Box::new(Log(logger))); // fails only if there is one already
+    let timed = std::env::var_os("JOURNAL_STREAM").is_none();
+    let _ = log::set_boxed_logger(Box::new(Log { logger, timed })); // fails only if there is one
 }
 
 // ─── secret ──────────────────────────────────────────────────────────────────────────────────

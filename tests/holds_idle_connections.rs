@@ -29,7 +29,7 @@ fn two_thousand_idle_connections_keep_nobody_out() {
     mux.assert_recovered(before, 4);
 }
 
-/// The limit of 128 descriptors carries 4 workers and 80 connections.
+/// The limit of 128 descriptors carries 4 workers and 84 connections.
 #[test]
 fn at_the_cap_the_longest_idle_one_makes_room() {
     let up = Upstream::plain();
@@ -37,7 +37,7 @@ fn at_the_cap_the_longest_idle_one_makes_room() {
     let mux = setup.shell("ulimit -n 128; exec \"$@\"").start();
     let before = mux.warm_footprint();
     let mut clients = Vec::new();
-    for _ in 0..80 {
+    for _ in 0..84 {
         let mut client = mux.client();
         assert_eq!(ask(&mut client).status, 200);
         clients.push(client);
@@ -47,7 +47,7 @@ fn at_the_cap_the_longest_idle_one_makes_room() {
     let mut new = mux.client();
     assert_eq!(ask(&mut new).status, 200);
     assert!(clients[1].closed(), "the longest idle one");
-    for number in (2..80).chain([0]) {
+    for number in (2..84).chain([0]) {
         assert_eq!(ask(&mut clients[number]).status, 200, "{number}");
     }
     drop((clients, new));

@@ -34,8 +34,10 @@ pub fn connection(
         let Some((admitted, head)) = same_head(gate, rest, step, tally)? else {
             break;
         };
-        let own = fields(&head, |name| !is_acted_upon(name));
-        if admitted.kept != own {
+        let mut own = fields(&head, |name| !is_acted_upon(name));
+        own.iter_mut()
+            .for_each(|(name, _)| name.make_ascii_lowercase());
+        if sorted(&admitted.kept) != sorted(&own) {
             return Err(format!("the gate keeps {:?}, not {own:?}", admitted.kept));
         }
         same_inside(tiny, &admitted)?;
@@ -103,15 +105,13 @@ fn same_head(
 /// What the gate passes on for it, tiny_http reads the same way.
 fn same_inside(tiny: &mut Tiny, admitted: &Admitted) -> Result<(), String> {
     const NUMBER: u64 = 7;
-    let mut fields = vec![("x-ai-mux-exchange".to_owned(), NUMBER.to_string())];
-    fields.extend(admitted.kept.iter().cloned());
     let should = Seen {
         method: admitted.method.clone(),
         target: admitted.target.clone(),
-        fields,
+        fields: vec![("x-exchange".to_owned(), NUMBER.to_string())],
         body: Vec::new(),
     };
-    let seen = tiny.read_head(&admitted.inner(NUMBER));
+    let seen = tiny.read_head(&admitted.line(NUMBER));
     let seen = seen.map_err(|why| format!("inside: {why}"))?;
     match seen == should {
         true => Ok(()),
@@ -192,6 +192,13 @@ fn same_raw(
         true => Ok(()),
         false => Err(format!("tiny_http reads {seen:?}, the gate {should:?}")),
     }
+}
+
+/// By name; those of one name stay in their order.
+fn sorted(fields: &[(String, String)]) -> Vec<(String, String)> {
+    let mut fields = fields.to_vec();
+    fields.sort_by(|(a, _), (b, _)| a.cmp(b));
+    fields
 }
 
 fn fields(head: &reference::Head, kept: impl Fn(&str) -> bool) -> Vec<(String, String)> {

@@ -8,7 +8,7 @@ use super::*;
 pub struct Admitted {
     pub method: String,
     pub target: String,
-    /// The fields that go on to tiny_http.
+    /// The fields that go on to upstream, if its policy lets them: those of one name in their order.
     pub kept: Vec<(String, String)>,
     pub length: Length,
     pub expect: bool,
@@ -25,22 +25,30 @@ pub enum Length {
 
 impl Admitted {
     /// What the gate writes to tiny_http for this head.
-    pub fn inner(&self, number: u64) -> Vec<u8> {
-        self.head.inner(number).into_bytes()
+    pub fn line(&self, number: u64) -> Vec<u8> {
+        self.head.line(number).into_bytes()
     }
 }
 
 /// Reads the first head of a connection that brings `bytes` and no more: the head and how many bytes it took,
 /// none if it is not whole, or the status of the refusal.
 pub fn head(bytes: &[u8]) -> Result<Option<(Admitted, usize)>, u16> {
-    let mut stream = Stream::new(ended());
+    let mut stream = stream(silent());
     stream.ahead = bytes.to_vec();
-    let head = stream.read_head().map_err(|reply| reply.status)?;
+    let head = match stream.read_on() {
+        Ok(head) => head,
+        Err(Fault::Reply(reply)) => return Err(reply.status),
+        Err(Fault::Broken(why)) => panic!("{why}"),
+    };
     Ok(head.map(|head| {
         let admitted = Admitted {
             method: head.method.clone(),
             target: head.target.clone(),
-            kept: head.fields.clone(),
+            kept: head
+                .fields
+                .iter()
+                .map(|(name, value)| (name.to_string(), text(value)))
+                .collect(),
             length: match head.framing {
                 Framing::Empty => Length::Empty,
                 Framing::Sized(n) => Length::Sized(n),
@@ -56,10 +64,9 @@ pub fn head(bytes: &[u8]) -> Result<Option<(Admitted, usize)>, u16> {
 
 /// Looks for the end of a head that comes in pieces, which end at `cuts`.
 pub fn head_end_of(bytes: &[u8], cuts: &[usize]) -> Result<Option<usize>, u16> {
-    let mut searched = 0;
     for cut in cuts.iter().copied().chain([bytes.len()]) {
-        match head_end(&bytes[..cut], searched) {
-            Ok(None) => searched = cut,
+        match head_end(&bytes[..cut]) {
+            Ok(None) => {}
             found => return found.map_err(|reply| reply.status),
         }
     }
@@ -91,21 +98,30 @@ pub fn body(length: Length, source: &mut impl BufRead, room: usize) -> io::Resul
 /// connection is broken off.
 pub fn panic_after(sent: &'static [u8]) -> (Vec<u8>, bool) {
     let (mut client, tcp) = pair();
-    let mut stream = Stream::new(Arc::new(tcp));
-    let mut access = Access::new(SocketAddr::from(([127, 0, 0, 1], 0)), "-", "-");
-    let outcome = fence(&mut access, |access| {
+    let mut exchange = Exchange::new(stream(tcp), Head::default());
+    exchange.stream.socket.waits = true;
+    let outcome = fence(&mut exchange, |exchange| {
         if !sent.is_empty() {
-            access.status = 200;
-            stream.write_piece(sent).expect("send");
+            exchange.status = 200;
+            exchange.stream.write_piece(sent).expect("send");
         }
         panic!("a handler's fault")
     });
-    let verdict = conclude(stream, access, outcome, false);
-    let broken = matches!(verdict, Verdict::Broken);
+    let verdict = exchange.conclude(outcome);
+    let broken = verdict.is_none();
     drop(verdict);
     let mut heard = Vec::new();
     client.read_to_end(&mut heard).expect("read to the end");
     (heard, broken)
+}
+
+fn stream(tcp: TcpStream) -> Stream {
+    tcp.set_nonblocking(true).expect("set nonblocking");
+    Stream::new(tcp, SocketAddr::from(([127, 0, 0, 1], 0)), None)
+}
+
+fn text(value: &HeaderValue) -> String {
+    value.to_str().expect("ASCII").to_owned()
 }
 
 fn pair() -> (TcpStream, TcpStream) {
@@ -114,8 +130,8 @@ fn pair() -> (TcpStream, TcpStream) {
     (client, listener.accept().expect("accept").0)
 }
 
-/// A socket whose other end sends nothing more.
-fn ended() -> Arc<TcpStream> {
-    static ENDED: std::sync::OnceLock<Arc<TcpStream>> = std::sync::OnceLock::new();
-    ENDED.get_or_init(|| Arc::new(pair().1)).clone()
+/// A socket whose other end sends nothing.
+fn silent() -> TcpStream {
+    static ENDS: std::sync::OnceLock<(TcpStream, TcpStream)> = std::sync::OnceLock::new();
+    ENDS.get_or_init(pair).1.try_clone().expect("a descriptor")
 }

@@ -128,8 +128,7 @@ fn lines(lines: Vec<&str>) -> Option<Head> {
             .all(|c| c.is_ascii_alphanumeric() || "-._~:[]%".contains(c)),
         _ => false,
     };
-    let ours = head.all("x-ai-mux-exchange").next().is_some();
-    (host && !impossible && !ours).then_some(head)
+    (host && !impossible).then_some(head)
 }
 
 /// One field line; nothing that is folded, and no white space before the colon.
