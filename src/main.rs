@@ -29,8 +29,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Display;
 use std::fs::{self, DirBuilder, File, Permissions};
-use std::io::{self, BufRead, ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::io::{self, BufRead, Cursor, ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr};
+use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::num::NonZeroU16;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
@@ -46,21 +47,27 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use log::{LevelFilter, debug, error, info, warn};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::{RecvFlags, recv};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use serde::{Deserialize, Deserializer, de::DeserializeOwned, de::Error as _};
 use serde_json::{Value, json};
 use serde_yaml::{Mapping, Value as Yaml};
 use subtle::ConstantTimeEq;
 use tiny_http::Request;
-use ureq::http::header::{AUTHORIZATION, CONTENT_LENGTH, TRANSFER_ENCODING};
+use ureq::http::header::{AUTHORIZATION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use ureq::http::{self, HeaderMap, HeaderName, HeaderValue};
 use ureq::unversioned::resolver::DefaultResolver;
 use ureq::unversioned::transport::{
-    Buffers, ConnectionDetails, Connector, DefaultConnector, NextTimeout, Transport,
+    Buffers, ConnectProxyConnector, ConnectionDetails, Connector, Either, LazyBuffers, NextTimeout,
+    RustlsConnector, SocksConnector, Transport,
 };
 use ureq::{SendBody, tls::RootCerts};
 
 use secret::Secret;
+
+/// That of musl, in the static build, takes twice as long for all of a request.
+#[global_allocator]
+static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 // ─── limits ──────────────────────────────────────────────────────────────────────────────────
 // Every bound of the program, with its reason. Sizes are bytes.
@@ -107,12 +114,14 @@ const STACK_SIZE: usize = 512 << 10;
 /// of ours the second. Larger ones gain nothing, as each piece is passed on at once.
 const UPSTREAM_INPUT: usize = 16 << 10;
 const UPSTREAM_OUTPUT: usize = LINE_SIZE + 1024;
+/// The first of them in the middle of a stream, until one of its reads is larger.
+const EVENT_SIZE: usize = 4 << 10;
 /// An idle upstream connection; most servers close theirs after 20 s or more.
 const UPSTREAM_IDLE: Duration = Duration::from_secs(15);
 /// A credential file; real ones have 1 to 10 KiB.
 const FILE_SIZE: u64 = 1 << 20;
 /// A file changed this recently may change again within one tick of its clock.
-const SETTLE_TIME: i64 = 2; // seconds
+const SETTLE_TIME: Duration = Duration::from_secs(2);
 /// A call to a token endpoint, and its answer.
 const TOKEN_TIME: Duration = Duration::from_secs(30);
 const TOKEN_SIZE: u64 = 64 << 10;
@@ -129,6 +138,8 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(86400);
 /// After a signal: for running requests, and after those for a refresh until it is saved.
 const DRAIN_TIME: Duration = Duration::from_secs(10);
 const SAVE_TIME: Duration = Duration::from_secs(20);
+/// Longer than anything takes, and short enough to be added to any clock.
+const FOREVER: Duration = Duration::from_secs(365 * 86400);
 /// How often the certificate files are looked at.
 const RENEWAL_CHECK: Duration = Duration::from_secs(5);
 
@@ -171,11 +182,11 @@ fn run() -> Result<(), Error> {
     start_log(config.log_level);
     let _claim = claim(&config.state_dir)?;
     let mut gate = Gate::open(config)?;
-    let proxy = gate.proxy.clone();
-    let credentials = || proxy.upstreams.iter().map(|u| &u.credential);
+    let upstreams = gate.proxy.upstreams.iter();
+    let credentials: Vec<_> = upstreams.map(|u| u.credential.clone()).collect();
     // Each keeper drops its end of a channel when it ends.
     let (keeping, ended) = mpsc::channel::<()>();
-    for credential in credentials().cloned() {
+    for credential in credentials.clone() {
         let keeping = keeping.clone();
         let keep = move || (credential.keep(), drop(keeping)).1;
         spawn("keeper", keep).map_err(|e| Error::start("start a thread", e))?;
@@ -183,7 +194,7 @@ fn run() -> Result<(), Error> {
     drop(keeping);
 
     let deadline = gate.run() + SAVE_TIME;
-    credentials().for_each(|credential| credential.stop());
+    credentials.iter().for_each(|credential| credential.stop());
     if ended.recv_timeout(left_until(deadline)) == Err(RecvTimeoutError::Timeout) {
         error!("a refresh did not end in time; what it brings is lost");
     }
@@ -403,7 +414,7 @@ impl Gate {
             Err(Fault::Broken(why)) => return debug!("peer={} closed: {why}", stream.peer),
             Err(Fault::Reply(reply)) => {
                 self.exchanges += 1;
-                return self.settle(Exchange::new(stream, Head::malformed()).refuse(reply));
+                return self.settle(Exchange::new(stream, Head::default()).refuse(reply));
             }
         };
         self.exchanges += 1;
@@ -483,11 +494,10 @@ fn signals(ring: &UnixStream) -> io::Result<Arc<AtomicBool>> {
     Ok(seen)
 }
 
-/// Listens on the first address that can be had. `:PORT` is one for IPv6 and IPv4 together, or,
-/// where there is no IPv6, for IPv4.
-fn listen(text: &str) -> Result<TcpListener, Error> {
+/// Listens on the first address that can be had. That of all IPv6 interfaces is IPv4's as well.
+fn listen(addresses: &[SocketAddr]) -> Result<TcpListener, Error> {
     use rustix::net::{AddressFamily, SocketType, bind, listen, socket, sockopt};
-    let open = |address: SocketAddr| {
+    let open = |address: &SocketAddr| {
         let family = match address {
             SocketAddr::V4(_) => AddressFamily::INET,
             SocketAddr::V6(_) => AddressFamily::INET6,
@@ -497,59 +507,46 @@ fn listen(text: &str) -> Result<TcpListener, Error> {
         if address.is_ipv6() {
             sockopt::set_ipv6_v6only(&socket, false)?;
         }
-        bind(&socket, &address)?;
+        bind(&socket, address)?;
         listen(&socket, BACKLOG)?;
         let listener = TcpListener::from(socket);
         listener.set_nonblocking(true).map(|()| listener)
     };
-    let all = format!("[::]{text}");
-    let failed = |e| Error::start(format!("listen on {text}"), e);
-    let named = if text.starts_with(':') { &all } else { text };
-    let mut addresses: Vec<_> = named.to_socket_addrs().map_err(failed)?.collect();
-    if text.starts_with(':') {
-        addresses.push((Ipv4Addr::UNSPECIFIED, addresses[0].port()).into());
-    }
-    let first = addresses.into_iter().map(open).reduce(Result::or);
-    first
-        .unwrap_or(Err(ErrorKind::NotFound.into()))
-        .map_err(failed)
+    let tried = addresses.iter().map(open).reduce(Result::or);
+    let tried = tried.unwrap_or(Err(ErrorKind::NotFound.into()));
+    tried.map_err(|e| Error::start(format!("listen on {addresses:?}"), e))
 }
 
-/// What clients see of us, and the files that it came from.
+/// What clients see of us, and the files that it comes from: certificate and key.
 #[derive(Clone)]
 struct Tls {
-    config: Arc<rustls::ServerConfig>,
-    cert: PathBuf,
-    key: PathBuf,
-    /// How the files looked when they were last read, and when they are looked at again.
+    files: [PathBuf; 2],
+    /// How they looked when they were last read, and when they are looked at again.
     seen: [Option<Stamp>; 2],
     next: Instant,
+    config: Arc<rustls::ServerConfig>,
 }
 
 impl Tls {
-    fn open(cert: PathBuf, key: PathBuf) -> Result<Tls, String> {
-        let seen = [stamp(&cert), stamp(&key)];
-        let config = Tls::load(&cert, &key)?;
-        let next = Instant::now() + RENEWAL_CHECK;
+    fn open(files: [PathBuf; 2]) -> Result<Tls, String> {
         Ok(Tls {
-            config,
-            cert,
-            key,
-            seen,
-            next,
+            seen: files.each_ref().map(|file| stamp(file)),
+            next: Instant::now() + RENEWAL_CHECK,
+            config: Tls::load(&files)?,
+            files,
         })
     }
 
-    fn load(cert: &Path, key: &Path) -> Result<Arc<rustls::ServerConfig>, String> {
+    fn load([cert, key]: &[PathBuf; 2]) -> Result<Arc<rustls::ServerConfig>, String> {
         let chain = certificates(cert).map_err(|e| format!("cert_path: {e}"))?;
+        let wrong = |why: &dyn Display| format!("key_path: {}: {why}", key.display());
         // The parser's own error could quote the key.
         let pem = PrivateKeyDer::from_pem_file(key);
-        let wrong = |why: &dyn Display| format!("key_path: {}: {why}", key.display());
         let pem = pem.map_err(|_| wrong(&"found no private key, expected PEM"))?;
         let config = rustls::ServerConfig::builder().with_no_client_auth();
         let config = config.with_single_cert(chain, pem);
-        let mut config =
-            config.map_err(|e| wrong(&format!("not the key of {}: {e}", cert.display())))?;
+        let other = |e| wrong(&format!("is not the key of {}: {e}", cert.display()));
+        let mut config = config.map_err(other)?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(Arc::new(config))
     }
@@ -560,17 +557,15 @@ impl Tls {
             return;
         }
         self.next = Instant::now() + RENEWAL_CHECK;
-        let seen = [stamp(&self.cert), stamp(&self.key)];
+        let seen = self.files.each_ref().map(|file| stamp(file));
         if std::mem::replace(&mut self.seen, seen) == seen {
             return;
         }
-        match Tls::load(&self.cert, &self.key) {
-            Err(e) => error!("tls.{e}; the old certificate stays in use"),
-            Ok(config) => {
-                info!("tls: the certificate {} is in use", self.cert.display());
-                self.config = config;
-            }
+        match Tls::load(&self.files) {
+            Ok(config) => self.config = config,
+            Err(e) => return error!("tls.{e}; the old certificate stays in use"),
         }
+        info!("tls: {} is in use", self.files[0].display());
     }
 }
 
@@ -579,22 +574,18 @@ impl Tls {
 // Stricter than the RFC where another reader could understand something else: no control
 // characters, no bare LF, no folding, one length, one Host.
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Head {
     method: String,
     /// Origin form, as sent: path and query.
     target: String,
-    /// As sent, without the fields that the gate itself acts upon.
     fields: HeaderMap,
     http10: bool,
-    host: bool,
     framing: Framing,
+    /// A 100 Continue is waited for.
     expect: bool,
-    websocket: bool,
-    /// The client closes after this request, or speaks HTTP/1.0.
-    close: bool,
-    /// The fields that `Connection` names, lower case: hop-by-hop (RFC 9110 section 7.6.1).
-    nominated: Vec<String>,
+    /// The connection may serve another request after this one.
+    stays: bool,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -603,6 +594,42 @@ enum Framing {
     Empty,
     Sized(u64),
     Chunked,
+}
+
+impl Framing {
+    /// One length, or one coding (RFC 9112 section 6.3): any second one could be another's first.
+    fn of(fields: &HeaderMap) -> Result<Framing, &'static str> {
+        let lengths = fields.get_all(CONTENT_LENGTH).iter().map(|v| (true, v));
+        let codings = fields.get_all(TRANSFER_ENCODING).iter().map(|v| (false, v));
+        let found: Vec<_> = lengths.chain(codings).collect();
+        match found[..] {
+            [] => Ok(Framing::Empty),
+            [(true, value)] => {
+                let digits = value.to_str().unwrap_or_default();
+                let number = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+                let length = Framing::Sized(digits.parse().unwrap_or(u64::MAX));
+                number
+                    .then_some(length)
+                    .ok_or("Content-Length is not a number")
+            }
+            [(false, value)] if value.as_bytes().eq_ignore_ascii_case(b"chunked") => {
+                Ok(Framing::Chunked)
+            }
+            [_] => Err("Transfer-Encoding is not just chunked"),
+            _ => Err("two body lengths"),
+        }
+    }
+}
+
+/// The items of a field that is a list (RFC 9110 section 5.6.1), over all its lines.
+fn items<'a>(fields: &'a HeaderMap, name: &str) -> impl Iterator<Item = &'a str> {
+    let lines = fields.get_all(name).into_iter();
+    let lines = lines.filter_map(|value| value.to_str().ok());
+    lines.flat_map(|line| line.split(',')).map(str::trim)
+}
+
+fn lists(fields: &HeaderMap, name: &str, item: &str) -> bool {
+    items(fields, name).any(|found| found.eq_ignore_ascii_case(item))
 }
 
 /// The length of the head at the start of `bytes`, its empty line included, once it is there.
@@ -627,17 +654,6 @@ fn head_end(bytes: &[u8]) -> Result<Option<usize>, Reply> {
 }
 
 impl Head {
-    /// Stands for one that could not be read.
-    fn malformed() -> Head {
-        let (method, target) = ("-".into(), "-".into());
-        Head {
-            method,
-            target,
-            close: true,
-            ..Head::default()
-        }
-    }
-
     fn parse(bytes: &[u8]) -> Result<Head, Reply> {
         let mut fields = [httparse::EMPTY_HEADER; FIELD_COUNT];
         let mut request = httparse::Request::new(&mut fields);
@@ -647,67 +663,46 @@ impl Head {
             Err(httparse::Error::TooManyHeaders) => return Err(head_too_large()),
             Err(e) => return Err(malformed(&e.to_string())),
         }
+        let mut fields = HeaderMap::with_capacity(request.headers.len());
+        for field in request.headers.iter() {
+            let name = HeaderName::try_from(field.name).ok();
+            let value = HeaderValue::from_bytes(field.value.trim_ascii()).ok();
+            let (name, value) = name
+                .zip(value)
+                .ok_or_else(|| malformed("a field is none"))?;
+            fields.append(name, value);
+        }
         let http10 = request.version == Some(0);
-        let mut head = Head {
+        let head = Head {
             method: request.method.unwrap_or_default().to_owned(),
             target: request.path.unwrap_or_default().to_owned(),
-            fields: HeaderMap::with_capacity(request.headers.len()),
+            framing: Framing::of(&fields).map_err(malformed)?,
             http10,
-            close: http10,
-            ..Head::default()
+            expect: !http10 && lists(&fields, "expect", "100-continue"),
+            stays: !http10 && !lists(&fields, "connection", "close"),
+            fields,
         };
-        for field in request.headers.iter() {
-            let value = str::from_utf8(field.value).unwrap_or_default(); // ASCII: see head_end
-            head.take(field.name, value.trim()).map_err(malformed)?;
-        }
         head.check().map_err(malformed)?;
-        head.expect &= head.has_body() && !http10;
         Ok(head)
     }
 
-    /// Takes one field: to keep, or to act upon.
-    fn take(&mut self, name: &str, value: &str) -> Result<(), &'static str> {
-        let mut items = value.split(',').map(str::trim);
-        let framed = self.framing != Framing::Empty;
-        let chunked = value.eq_ignore_ascii_case("chunked");
-        let digits = !value.is_empty() && value.bytes().all(|b| b.is_ascii_digit());
-        let hostly = |b: u8| b.is_ascii_alphanumeric() || b"-._~:[]%".contains(&b);
-        let name = HeaderName::try_from(name).map_err(|_| "a field has a bad name")?;
-        match name.as_str() {
-            "content-length" | "transfer-encoding" if framed => return Err("two body lengths"),
-            "content-length" if !digits => return Err("Content-Length is not a number"),
-            "content-length" => self.framing = Framing::Sized(value.parse().unwrap_or(u64::MAX)),
-            "transfer-encoding" if !chunked => return Err("Transfer-Encoding is not just chunked"),
-            "transfer-encoding" => self.framing = Framing::Chunked,
-            "connection" => {
-                self.nominated.extend(items.map(str::to_ascii_lowercase));
-                self.close |= self.nominated.iter().any(|name| name == "close");
-            }
-            "expect" => self.expect |= value.eq_ignore_ascii_case("100-continue"),
-            "upgrade" => self.websocket |= items.any(|i| i.eq_ignore_ascii_case("websocket")),
-            "host" if self.host || !value.bytes().all(hostly) => return Err("Host is not a host"),
-            "host" => self.host = true, // upstream gets one of its own
-            _ => {
-                let value = HeaderValue::from_str(value).map_err(|_| "a field has a bad value")?;
-                self.fields.append(name, value);
-            }
-        }
-        Ok(())
-    }
-
-    /// What no single field can tell.
+    /// What makes no request that could be passed on, although each part is right.
     fn check(&self) -> Result<(), &'static str> {
         let (method, target) = (self.method.as_str(), self.target.as_str());
         let capitals = method.bytes().all(|b| b.is_ascii_uppercase() || b == b'-');
         // What http::Uri takes in a query; '#' would begin a fragment.
         let plain = |b| matches!(b, 0x21 | 0x24..=0x3b | 0x3d | 0x3f..=0x7e);
+        let hosts: Vec<_> = self.fields.get_all(HOST).iter().collect();
+        let hostly = |b: &u8| b.is_ascii_alphanumeric() || b"-._~:[]%".contains(b);
         match method {
             // TRACE would have the upstream send our token back to the client.
             "TRACE" | "CONNECT" => Err("the method is not one that can be passed on"),
             _ if !capitals || method.len() > 32 => Err("the method is none"),
             _ if !target.starts_with('/') => Err("the target is not a path; send no whole URL"),
             _ if !target.bytes().all(plain) => Err("the target must be percent-encoded"),
-            _ if !self.host && !self.http10 => Err("there is no Host"),
+            _ if hosts.is_empty() && !self.http10 => Err("there is no Host"),
+            _ if hosts.len() > 1 => Err("there are two Hosts"),
+            _ if !hosts.iter().all(|h| h.as_bytes().iter().all(hostly)) => Err("Host is no host"),
             "HEAD" if self.has_body() => Err("a HEAD has no body"),
             _ if self.http10 && self.framing == Framing::Chunked => Err("HTTP/1.0 has no chunks"),
             _ => Ok(()),
@@ -853,6 +848,8 @@ struct Exchange {
     stream: Stream,
     head: Head,
     body: Body,
+    /// What was read of the body, so that it can be sent a second time.
+    held: Cursor<Vec<u8>>,
     /// Why reading the body failed: ureq shows only an error of its own.
     fault: Option<Fault>,
     started: Instant,
@@ -871,6 +868,7 @@ impl Exchange {
             stream,
             body: Body::new(head.framing),
             head,
+            held: Cursor::default(),
             fault: None,
             started: Instant::now(),
             user: "-".into(),
@@ -888,7 +886,7 @@ impl Exchange {
 
     /// Says what is still to be said, writes the log line, and judges what becomes of the stream.
     fn conclude(mut self, outcome: Outcome) -> Verdict {
-        let mut last = self.head.close || !self.body.done;
+        let mut last = !self.head.stays || !self.body.done;
         let (mut whole, mut ended) = (true, None);
         match outcome {
             Ok(()) => {}
@@ -934,23 +932,24 @@ impl Proxy {
         exchange.user = self.authenticate(&head.fields)?.to_owned();
         let (upstream, url) = self.route(target)?;
         exchange.provider = upstream.provider.name;
-        if head.websocket {
+        if lists(&head.fields, "upgrade", "websocket") {
             return Err(Reply::new(426, "no WebSocket here; use plain HTTP").into());
         }
         if matches!(head.framing, Framing::Sized(length) if length > BODY_SIZE) {
             return Err(body_too_large().into());
         }
         let token = upstream.credential.token()?;
-        let held = exchange.hold()?;
+        exchange.hold()?;
         let whole = exchange.body.done;
-        let mut answer = upstream.send(&url, &token, &held, exchange)?;
+        let mut answer = upstream.send(&url, &token, exchange)?;
         if answer.status() == http::StatusCode::UNAUTHORIZED
             && let Some(newer) = upstream.credential.rejected(&token)
             && whole
         {
-            answer = upstream.send(&url, &newer, &held, exchange)?;
+            exchange.held.set_position(0);
+            answer = upstream.send(&url, &newer, exchange)?;
         }
-        drop(held);
+        exchange.held = Cursor::default();
         relay(answer, exchange)
     }
 
@@ -964,11 +963,8 @@ impl Proxy {
             return (!page).then_some("-").ok_or_else(refused);
         }
         let bearers = fields.get_all(AUTHORIZATION).iter().map(bearer_in);
-        let keys = fields
-            .get_all("x-api-key")
-            .iter()
-            .map(HeaderValue::as_bytes);
-        let mut given = bearers.chain(keys);
+        let keys = fields.get_all("x-api-key").iter();
+        let mut given = bearers.chain(keys.map(HeaderValue::as_bytes));
         let token = given.next().unwrap_or_default();
         let agreed = given.all(|other| other == token);
         let mut found = None;
@@ -992,13 +988,9 @@ impl Proxy {
             && !first.eq_ignore_ascii_case("oauth")
             && let Some(upstream) = self.upstreams.iter().find(|u| u.provider.name == name)
         {
-            let prefix = if upstream.provider.keeps_v1 {
-                "/"
-            } else {
-                "/v1/"
-            };
-            let rest = &target[name.len() + prefix.len()..];
-            return Ok((upstream, format!("{}{rest}", upstream.base_url)));
+            let (base, prefix) = (&upstream.base_url, upstream.provider.prefix);
+            let rest = &target[name.len() + "//v1/".len()..];
+            return Ok((upstream, format!("{base}{prefix}{rest}")));
         }
         let known = "no such path; /claude/v1/... and /chatgpt/v1/... are, where configured";
         Err(Reply::new(404, known))
@@ -1119,26 +1111,15 @@ impl State {
     }
 }
 
-/// A state of a file: device, inode, size, mtime, ctime. Two that are equal hold the same bytes,
+/// A state of a file: device, inode, size; ctime; mtime. Two that are equal hold the same bytes,
 /// but for the last `SETTLE_TIME`.
-type Stamp = ([u64; 3], [i64; 4]);
+type Stamp = ([u64; 3], [i64; 2], SystemTime);
 
 fn stamp(path: &Path) -> Option<Stamp> {
     let meta = fs::metadata(path).ok()?;
-    let times = [
-        meta.mtime(),
-        meta.mtime_nsec(),
-        meta.ctime(),
-        meta.ctime_nsec(),
-    ];
-    Some(([meta.dev(), meta.ino(), meta.size()], times))
-}
-
-fn is_settled((_, [modified, ..]): &Stamp) -> bool {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    now.as_secs() as i64 - modified > SETTLE_TIME // nor if it is in the future
+    let file = [meta.dev(), meta.ino(), meta.size()];
+    let changed = [meta.ctime(), meta.ctime_nsec()];
+    Some((file, changed, meta.modified().ok()?))
 }
 
 impl Credential {
@@ -1341,19 +1322,19 @@ impl Credential {
             return state;
         }
         state.stamp = None;
-        let lasting =
-            |e: &io::Error| matches!(e.kind(), ErrorKind::NotFound | ErrorKind::InvalidInput);
         let found = self.read().and_then(|(stamp, json)| {
-            state.stamp = Some(stamp).filter(is_settled);
+            let settled = stamp.2.elapsed().is_ok_and(|age| age > SETTLE_TIME);
+            state.stamp = Some(stamp).filter(|_| settled);
             let token = self.provider.token_in(&json);
-            token.ok_or_else(|| self.lack(ErrorKind::NotFound, "holds no login", &self.remedy()))
+            token.ok_or_else(|| self.lack(ErrorKind::NotFound, "holds no login"))
         });
-        match found {
-            Ok(token) => self.adopt(&mut state, Some(token), None),
+        let lasting = |e| matches!(e, ErrorKind::NotFound | ErrorKind::InvalidInput);
+        match (found, &state.token) {
+            (Ok(token), _) => self.adopt(&mut state, Some(token), None),
             // What may pass is no log-out: ours stays, which may be the only copy.
-            Err(e) if state.token.is_some() && e.kind() == ErrorKind::InvalidData => {}
-            Err(e) if state.token.is_some() && !lasting(&e) => warn!("{}: {e}", self.provider.name),
-            Err(e) => self.adopt(&mut state, None, Some((e.to_string(), None))),
+            (Err(e), Some(_)) if e.kind() == ErrorKind::InvalidData => {}
+            (Err(e), Some(_)) if !lasting(e.kind()) => warn!("{}: {e}", self.provider.name),
+            (Err(e), _) => self.adopt(&mut state, None, Some((e.to_string(), None))),
         }
         state
     }
@@ -1382,18 +1363,17 @@ impl Credential {
     fn read(&self) -> io::Result<(Stamp, Value)> {
         let user = rustix::process::geteuid().as_raw();
         let failed = |e: io::Error| match e.kind() {
-            kind @ ErrorKind::NotFound => self.lack(kind, "is not there", &self.remedy()),
-            kind => self.lack(kind, &e.to_string(), &format!("let user {user} read it")),
+            kind @ ErrorKind::NotFound => self.lack(kind, "is not there"),
+            kind => self.lack(kind, &format!("cannot be read by user {user}: {e}")),
         };
         let meta = fs::metadata(&self.path).map_err(failed)?;
         if meta.uid() != user {
-            let what = format!("belongs to user {}", meta.uid());
-            let mend = format!("make it ai-mux's: chown -R {user} {}", self.folder());
-            return Err(self.lack(ErrorKind::InvalidInput, &what, &mend));
+            let (owner, folder) = (meta.uid(), self.folder());
+            let what = format!("is user {owner}'s, not ai-mux's (chown -R {user} {folder})");
+            return Err(self.lack(ErrorKind::InvalidInput, &what));
         }
         if !meta.is_file() || meta.len() > FILE_SIZE {
-            let what = "is no credential file";
-            return Err(self.lack(ErrorKind::InvalidInput, what, &self.remedy()));
+            return Err(self.lack(ErrorKind::InvalidInput, "is no credential file"));
         }
         if meta.mode() & 0o077 != 0 {
             let private = fs::set_permissions(&self.path, Permissions::from_mode(0o600));
@@ -1404,15 +1384,13 @@ impl Credential {
         let bytes = fs::read(&self.path).map_err(failed)?;
         match (before, serde_json::from_slice(&bytes)) {
             (Some(before), Ok(json)) if stamp(&self.path) == Some(before) => Ok((before, json)),
-            _ => {
-                let mend = format!("if it stays so, {}", self.remedy());
-                Err(self.lack(ErrorKind::InvalidData, "is not whole JSON", &mend))
-            }
+            _ => Err(self.lack(ErrorKind::InvalidData, "is not whole JSON, as yet")),
         }
     }
 
-    fn lack(&self, kind: ErrorKind, what: &str, mend: &str) -> io::Error {
-        io::Error::new(kind, format!("{} {what}; {mend}", self.path.display()))
+    fn lack(&self, kind: ErrorKind, what: &str) -> io::Error {
+        let (name, remedy) = (self.path.display(), self.remedy());
+        io::Error::new(kind, format!("{name} {what}; {remedy}"))
     }
 
     fn folder(&self) -> std::path::Display<'_> {
@@ -1527,8 +1505,8 @@ struct Provider {
     name: &'static str,
     base_url: &'static str,
     token_url: &'static str,
-    /// The path to upstream begins with `/v1`, as the client's does.
-    keeps_v1: bool,
+    /// What stands between `base_url` and all that comes behind `/v1/` in the client's path.
+    prefix: &'static str,
     /// Added to `anthropic-beta`; without it, `anthropic-*` is dropped.
     beta: Option<&'static str>,
     client_id: &'static str,
@@ -1552,7 +1530,7 @@ static PROVIDERS: [Provider; 2] = [
         name: "claude",
         base_url: "https://api.anthropic.com",
         token_url: "https://platform.claude.com/v1/oauth/token",
-        keeps_v1: true,
+        prefix: "/v1/",
         beta: Some("oauth-2025-04-20"),
         client_id: "9d1c250a-e61b-44d9-88ed-5944d1962f5e",
         scope: None,
@@ -1567,7 +1545,7 @@ static PROVIDERS: [Provider; 2] = [
         name: "chatgpt",
         base_url: "https://chatgpt.com/backend-api/codex",
         token_url: "https://auth.openai.com/oauth/token",
-        keeps_v1: false,
+        prefix: "/",
         beta: None,
         client_id: "app_EMoamEEZ73f0CkXaXp7hrann",
         scope: Some("openid profile email"),
@@ -1710,13 +1688,14 @@ impl Upstream {
         let requests = agent(config, &base_url)?
             .timeout_resolve(time.filter(|_| named))
             .timeout_connect(time)
-            .timeout_send_request(time)
             .timeout_per_write(time)
             .timeout_recv_response(time)
+            .timeout_recv_body(Some(FOREVER)) // so that the wire can tell a body
             .timeout_per_read(Some(config.stream_idle_timeout))
             .max_idle_connections(config.workers.get().into())
             .max_idle_connections_per_host(config.workers.get().into());
-        let connector = DefaultConnector::new().chain(Patience);
+        let proxied = ().chain(SocksConnector::default()).chain(ConnectProxyConnector::default());
+        let connector = proxied.chain(Dial).chain(RustlsConnector::default());
         let resolver = DefaultResolver::default();
         Ok(Upstream {
             provider,
@@ -1742,7 +1721,7 @@ impl Upstream {
         let mut request = request.map_err(|_| malformed("it cannot be passed on"))?;
         let headers = request.headers_mut();
         for (name, value) in &head.fields {
-            if !self.is_dropped(name.as_str()) && !head.nominated.iter().any(|n| name == n.as_str())
+            if !self.is_dropped(name.as_str()) && !lists(&head.fields, "connection", name.as_str())
             {
                 headers.append(name, value.clone());
             }
@@ -1780,24 +1759,17 @@ impl Upstream {
             || self.provider.beta.is_none() && name.starts_with("anthropic-")
     }
 
-    /// Asks upstream. `held` is what was read of the body already; the rest is streamed.
-    fn send(
-        &self,
-        url: &str,
-        token: &Token,
-        held: &[u8],
-        asked: &mut Exchange,
-    ) -> Result<Answer, Fault> {
+    /// Asks upstream.
+    fn send(&self, url: &str, token: &Token, asked: &mut Exchange) -> Result<Answer, Fault> {
         let request = self.outgoing(url, token, &asked.head)?;
-        let framed = [CONTENT_LENGTH, TRANSFER_ENCODING];
-        let bodied = framed
-            .iter()
-            .any(|name| request.headers().contains_key(name));
-        let mut body = held.chain(&mut *asked);
+        let headers = request.headers();
+        let bodied =
+            headers.contains_key(CONTENT_LENGTH) || headers.contains_key(TRANSFER_ENCODING);
         let answer = match bodied {
-            true => self
-                .agent
-                .run(request.map(|()| SendBody::from_reader(&mut body))),
+            true => {
+                let body = SendBody::from_reader(asked);
+                self.agent.run(request.map(|()| body))
+            }
             false => self.agent.run(request),
         };
         answer.map_err(|e| {
@@ -1810,51 +1782,6 @@ impl Upstream {
             };
             asked.fault.take().unwrap_or(reply.into())
         })
-    }
-}
-
-/// `stream_idle_timeout` is ureq's limit for each read, but not for those of a head, which has
-/// all of `request_timeout`.
-#[derive(Debug)]
-struct Patience;
-
-#[derive(Debug)]
-struct Patient<T>(T);
-
-impl<T: Transport> Connector<T> for Patience {
-    type Out = Patient<T>;
-
-    fn connect(
-        &self,
-        _: &ConnectionDetails,
-        to: Option<T>,
-    ) -> Result<Option<Patient<T>>, ureq::Error> {
-        Ok(to.map(Patient))
-    }
-}
-
-impl<T: Transport> Transport for Patient<T> {
-    fn buffers(&mut self) -> &mut dyn Buffers {
-        self.0.buffers()
-    }
-
-    fn transmit_output(&mut self, amount: usize, time: NextTimeout) -> Result<(), ureq::Error> {
-        self.0.transmit_output(amount, time)
-    }
-
-    fn await_input(&mut self, mut time: NextTimeout) -> Result<bool, ureq::Error> {
-        time.per_read = time
-            .per_read
-            .filter(|_| time.reason != ureq::Timeout::RecvResponse);
-        self.0.await_input(time)
-    }
-
-    fn is_open(&mut self) -> bool {
-        self.0.is_open()
-    }
-
-    fn is_tls(&self) -> bool {
-        self.0.is_tls()
     }
 }
 
@@ -1880,13 +1807,135 @@ fn is_hop_by_hop(name: &str) -> bool {
 
 /// The values of `anthropic-beta` in their order, with ours once.
 fn merged_beta(headers: &HeaderMap, ours: &str) -> String {
-    let values = headers.get_all("anthropic-beta").iter();
-    let values = values.filter_map(|value| value.to_str().ok());
-    let mut items: Vec<_> = values.flat_map(|v| v.split(',')).map(str::trim).collect();
-    items.push(ours);
     let mut once = [ours].into_iter();
-    items.retain(|item| !item.is_empty() && (*item != ours || once.next().is_some()));
-    items.join(",")
+    let items = items(headers, "anthropic-beta").chain([ours]);
+    let items = items.filter(|i| !i.is_empty() && (*i != ours || once.next().is_some()));
+    items.collect::<Vec<_>>().join(",")
+}
+
+// ─── upstream: the wire ──────────────────────────────────────────────────────────────────────
+// In: ureq's bytes and time limits. Out: TCP to upstream, plain or for ureq's TLS to wrap. It
+// differs from ureq's own in two things: the buffers for heads, 25 KiB, are not kept through a
+// stream; and `stream_idle_timeout`, a limit for each read, is not one for those of a head.
+
+#[derive(Debug)]
+struct Wire {
+    tcp: TcpStream,
+    buffers: LazyBuffers,
+    /// How much of a body is read at a time, 0 as yet; and whether there was that much.
+    room: usize,
+    full: bool,
+    /// The time limits that the kernel was last told, for a read and for a write.
+    told: [Duration; 2],
+}
+
+#[derive(Debug)]
+struct Dial;
+
+impl<In: Transport> Connector<In> for Dial {
+    type Out = Either<In, Wire>;
+
+    fn connect(
+        &self,
+        to: &ConnectionDetails,
+        through: Option<In>,
+    ) -> Result<Option<Self::Out>, ureq::Error> {
+        // If there is a proxy, the connection through it is made already.
+        if let Some(transport) = through {
+            return Ok(Some(Either::A(transport)));
+        }
+        let until = Instant::now() + (*to.timeout.after).min(FOREVER);
+        let mut outcome = Err(ureq::Error::HostNotFound);
+        for (at, address) in to.addrs.iter().enumerate() {
+            // One that is silent leaves time for those behind it.
+            let time = left_until(until) / (to.addrs.len() - at) as u32;
+            let tcp = TcpStream::connect_timeout(address, time.max(Duration::from_millis(1)));
+            outcome = tcp.map_err(|e| wire_error(e, ureq::Timeout::Connect));
+            if outcome.is_ok() {
+                break;
+            }
+        }
+        let tcp = outcome?;
+        tcp.set_nodelay(true)?;
+        Ok(Some(Either::B(Wire {
+            tcp,
+            buffers: LazyBuffers::new(UPSTREAM_INPUT, UPSTREAM_OUTPUT),
+            room: 0,
+            full: false,
+            told: [Duration::ZERO; 2],
+        })))
+    }
+}
+
+impl Wire {
+    /// Small buffers for a body, as most events are small; a large one where that is filled.
+    fn fit(&mut self) {
+        let room = if self.full {
+            UPSTREAM_INPUT
+        } else {
+            self.room.max(EVENT_SIZE)
+        };
+        if std::mem::replace(&mut self.room, room) != room {
+            self.buffers = LazyBuffers::new(room, 1);
+        }
+    }
+}
+
+fn wire_error(e: io::Error, limit: ureq::Timeout) -> ureq::Error {
+    match e.kind() {
+        ErrorKind::TimedOut | ErrorKind::WouldBlock => ureq::Error::Timeout(limit),
+        _ => e.into(),
+    }
+}
+
+impl Transport for Wire {
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        &mut self.buffers
+    }
+
+    fn transmit_output(&mut self, amount: usize, time: NextTimeout) -> Result<(), ureq::Error> {
+        let time = time.for_write();
+        let limit = (*time.after).min(FOREVER);
+        if std::mem::replace(&mut self.told[1], limit) != limit {
+            self.tcp.set_write_timeout(Some(limit))?;
+        }
+        let sent = self.tcp.write_all(&self.buffers.output()[..amount]);
+        sent.map_err(|e| wire_error(e, time.reason))
+    }
+
+    fn await_input(&mut self, mut time: NextTimeout) -> Result<bool, ureq::Error> {
+        match time.reason {
+            ureq::Timeout::RecvResponse => time.per_read = None,
+            ureq::Timeout::RecvBody if self.buffers.input().is_empty() => self.fit(),
+            _ => {}
+        }
+        let time = time.for_read();
+        let limit = (*time.after).min(FOREVER);
+        if std::mem::replace(&mut self.told[0], limit) != limit {
+            self.tcp.set_read_timeout(Some(limit))?;
+        }
+        let count = loop {
+            match self.tcp.read(self.buffers.input_append_buf()) {
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                read => break read.map_err(|e| wire_error(e, time.reason))?,
+            }
+        };
+        self.full = count == self.room;
+        self.buffers.input_appended(count);
+        Ok(count > 0)
+    }
+
+    /// Between two requests: the next one has heads again.
+    fn is_open(&mut self) -> bool {
+        (self.room, self.full) = (0, false);
+        self.buffers = LazyBuffers::new(UPSTREAM_INPUT, UPSTREAM_OUTPUT); // empty as yet
+        let peeked = recv(
+            &self.tcp,
+            &mut [0][..],
+            RecvFlags::PEEK | RecvFlags::DONTWAIT,
+        );
+        peeked == Err(rustix::io::Errno::AGAIN)
+    }
 }
 
 // ─── stream ──────────────────────────────────────────────────────────────────────────────────
@@ -2101,20 +2150,21 @@ impl Stream {
 impl Exchange {
     /// Reads the body into memory, whole if it is small. A large one that says its size is not
     /// read at all; of one that does not, its beginning.
-    fn hold(&mut self) -> Result<Vec<u8>, Fault> {
+    fn hold(&mut self) -> Result<(), Fault> {
         if self.body.left > HELD_SIZE {
-            return Ok(Vec::new());
+            return Ok(());
         }
         let mut held = Vec::with_capacity(self.body.left as usize);
         let outcome = self.by_ref().take(HELD_SIZE).read_to_end(&mut held);
+        self.held = Cursor::new(held);
         match (outcome, self.fault.take()) {
             (Err(_), Some(fault)) => Err(fault),
-            _ => Ok(held),
+            _ => Ok(()),
         }
     }
 
     fn read_body(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        if std::mem::take(&mut self.head.expect) {
+        if std::mem::take(&mut self.head.expect) && !self.body.done {
             self.stream.write_piece(b"HTTP/1.1 100 Continue\r\n\r\n")?;
         }
         let began = Instant::now();
@@ -2126,9 +2176,12 @@ impl Exchange {
     }
 }
 
-/// The body, decoded. Every error leaves a fault.
+/// The body, decoded: what is held of it first. Every error leaves a fault.
 impl Read for Exchange {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        if let count @ 1.. = self.held.read(out)? {
+            return Ok(count);
+        }
         let fault = match self.read_body(out) {
             Ok(_) if self.body.received > BODY_SIZE => body_too_large().into(),
             Ok(count) => return Ok(count),
@@ -2288,20 +2341,14 @@ fn answer_head(parts: &http::response::Parts, bodyless: bool, asked: &mut Head) 
     let headers = &parts.headers;
     let sized = headers.contains_key(CONTENT_LENGTH) && !headers.contains_key(TRANSFER_ENCODING);
     let chunked = !sized && !bodyless && !asked.http10;
-    asked.close |= !sized && !bodyless && asked.http10;
+    asked.stays &= sized || bodyless || chunked;
     let reason = parts.status.canonical_reason().unwrap_or_default();
     let mut head = format!("HTTP/1.1 {} {reason}\r\n", parts.status.as_str()).into_bytes();
-    let connection = headers.get_all("connection").iter();
-    let connection = connection.filter_map(|value| value.to_str().ok());
-    let nominated: Vec<_> = connection
-        .flat_map(|v| v.split(','))
-        .map(str::trim)
-        .collect();
     for (name, value) in headers {
         let dropped = is_hop_by_hop(name.as_str())
             || matches!(name.as_str(), "set-cookie" | "alt-svc")
             || name == CONTENT_LENGTH && !sized
-            || nominated.iter().any(|n| name == *n);
+            || lists(headers, "connection", name.as_str());
         if !dropped {
             head.extend([name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
         }
@@ -2309,7 +2356,7 @@ fn answer_head(parts: &http::response::Parts, bodyless: bool, asked: &mut Head) 
     if chunked {
         head.extend(b"transfer-encoding: chunked\r\n");
     }
-    if asked.close {
+    if !asked.stays {
         head.extend(b"connection: close\r\n");
     }
     head.extend(b"\r\n");
@@ -2324,8 +2371,8 @@ fn answer_head(parts: &http::response::Parts, bodyless: bool, asked: &mut Head) 
 #[derive(Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct Config {
-    #[serde(deserialize_with = "address")]
-    listen: String,
+    #[serde(deserialize_with = "addresses")]
+    listen: Vec<SocketAddr>,
     #[serde(deserialize_with = "folder")]
     state_dir: PathBuf,
     #[serde(deserialize_with = "log_level")]
@@ -2348,7 +2395,7 @@ struct Config {
 impl Default for Config {
     fn default() -> Config {
         Config {
-            listen: ":8080".into(),
+            listen: every_interface(8080),
             state_dir: expand("~/.ai-mux".into()).unwrap_or_default(),
             log_level: LevelFilter::Info,
             providers: Vec::new(),
@@ -2522,12 +2569,12 @@ struct RawTls {
 
 fn tls<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Tls>, D::Error> {
     let raw = RawTls::deserialize(from)?;
-    let open = |(cert, key)| Tls::open(cert, key).map_err(D::Error::custom);
-    let lack = || D::Error::custom("expected `cert_path` and `key_path`");
-    match raw.cert_path.zip(raw.key_path) {
-        _ if !raw.enabled => Ok(None),
-        files => open(files.ok_or_else(lack)?).map(Some),
+    if !raw.enabled {
+        return Ok(None);
     }
+    let files = raw.cert_path.zip(raw.key_path);
+    let (cert, key) = files.ok_or_else(|| D::Error::custom("expected `cert_path`, `key_path`"))?;
+    Tls::open([cert, key]).map(Some).map_err(D::Error::custom)
 }
 
 /// A field, read as `R` and made into what it stands for; `right` says what it can be.
@@ -2551,12 +2598,17 @@ fn checked<'de, D: Deserializer<'de>, R: DeserializeOwned, T>(
         .ok_or_else(wrong)
 }
 
-fn address<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
-    checked(from, "\":PORT\" or \"HOST:PORT\"", |text: String| {
-        let (host, port) = text.rsplit_once(':')?;
-        let plain = !host.contains(':') || host.starts_with('[') && host.ends_with(']');
-        (plain && port.parse::<u16>().is_ok()).then_some(text)
+fn addresses<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<SocketAddr>, D::Error> {
+    let right = "\":PORT\" or \"HOST:PORT\"";
+    checked(from, right, |text: String| match text.strip_prefix(':') {
+        Some(port) => port.parse().ok().map(every_interface),
+        None => Some(text.to_socket_addrs().ok()?.collect()),
     })
+}
+
+fn every_interface(port: u16) -> Vec<SocketAddr> {
+    let hosts: [IpAddr; 2] = [Ipv6Addr::UNSPECIFIED.into(), Ipv4Addr::UNSPECIFIED.into()];
+    hosts.map(|host| SocketAddr::new(host, port)).to_vec()
 }
 
 fn folder<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
@@ -2578,13 +2630,11 @@ fn log_level<'de, D: Deserializer<'de>>(from: D) -> Result<LevelFilter, D::Error
     })
 }
 
-/// Longer than nothing, and no longer than a year, so that no sum with a clock overflows.
 fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
     checked(from, "60s, 1h30m or the like, or seconds", |value: Yaml| {
         let seconds = value.as_u64().map(Duration::from_secs);
         let time = seconds.or_else(|| humantime::parse_duration(value.as_str()?).ok())?;
-        let most = Duration::from_secs(365 * 86400);
-        Some(time).filter(|time| !time.is_zero() && *time <= most)
+        Some(time).filter(|time| !time.is_zero() && *time <= FOREVER)
     })
 }
 
@@ -2744,8 +2794,9 @@ impl Exchange {
     /// One line per request.
     fn log(&self, ended: Option<String>) {
         let (peer, provider, head) = (self.stream.peer, self.provider, &self.head);
-        let (method, path) = (&head.method, path_of(&head.target));
-        let path = path.get(..200).unwrap_or(path); // ASCII, as the gate has seen to
+        let words = [head.method.as_str(), path_of(&head.target)];
+        let words = words.map(|word| word.get(..200).unwrap_or(word)); // ASCII, says the gate
+        let [method, path] = words.map(|word| if word.is_empty() { "-" } else { word });
         let user = match self.user.contains([' ', '"']) {
             true => &format!("{:?}", self.user),
             false => &self.user,

@@ -34,7 +34,7 @@ pub fn connection(
         let Some((admitted, head)) = same_head(gate, rest, step, tally)? else {
             break;
         };
-        let mut own = fields(&head, |name| !is_acted_upon(name));
+        let mut own = head.fields.clone();
         own.iter_mut()
             .for_each(|(name, _)| name.make_ascii_lowercase());
         if sorted(&admitted.kept) != sorted(&own) {
@@ -182,7 +182,7 @@ fn same_raw(
     let should = Seen {
         method: head.method.clone(),
         target: head.target.clone(),
-        fields: fields(head, |_| true),
+        fields: head.fields.clone(),
         body: body.content.clone(),
     };
     let seen = tiny.read_whole(&request[begins..], last);
@@ -199,24 +199,6 @@ fn sorted(fields: &[(String, String)]) -> Vec<(String, String)> {
     let mut fields = fields.to_vec();
     fields.sort_by(|(a, _), (b, _)| a.cmp(b));
     fields
-}
-
-fn fields(head: &reference::Head, kept: impl Fn(&str) -> bool) -> Vec<(String, String)> {
-    let fields = head.fields.iter();
-    fields.filter(|(name, _)| kept(name)).cloned().collect()
-}
-
-/// What the gate uses up itself.
-fn is_acted_upon(name: &str) -> bool {
-    let own = [
-        "connection",
-        "content-length",
-        "transfer-encoding",
-        "expect",
-        "upgrade",
-        "host",
-    ];
-    own.iter().any(|n| n.eq_ignore_ascii_case(name))
 }
 
 /// Bytes that come a few at a time.

@@ -8,7 +8,7 @@ use super::*;
 pub struct Admitted {
     pub method: String,
     pub target: String,
-    /// The fields that go on to upstream, if its policy lets them: those of one name in their order.
+    /// Those of one name in their order.
     pub kept: Vec<(String, String)>,
     pub length: Length,
     pub expect: bool,
@@ -54,8 +54,8 @@ pub fn head(bytes: &[u8]) -> Result<Option<(Admitted, usize)>, u16> {
                 Framing::Sized(n) => Length::Sized(n),
                 Framing::Chunked => Length::Chunked,
             },
-            expect: head.expect,
-            close: head.close,
+            expect: head.expect && head.has_body(),
+            close: !head.stays,
             head,
         };
         (admitted, bytes.len() - stream.ahead.len())
