@@ -2415,7 +2415,10 @@ impl Config {
         let Some(path) = path else {
             return Config::read(Mapping::new()).map_err(Error::config);
         };
-        let wrong = |e: &dyn Display| Error::config(format!("{}: {e}", path.display()));
+        let wrong = |e: &dyn Display| {
+            let line = format!("{}: {e}", path.display());
+            Error::config(line.replace(char::is_control, " "))
+        };
         let text = fs::read_to_string(path).map_err(|e| wrong(&e))?;
         let file = match path.extension().is_some_and(|e| e == "json") {
             true => serde_json::from_str(&text).map_err(|e| wrong(&e))?,
@@ -2431,22 +2434,19 @@ impl Config {
 
     fn read(mut file: Mapping) -> Result<Config, String> {
         // No value is as good as no field, and a provider may be just its name.
-        file.retain(|_, value| !value.is_null());
+        let unknown = |name: &Yaml| {
+            let field = Mapping::from_iter([(name.clone(), Yaml::Null)]);
+            let tried = serde_yaml::from_value::<Config>(field.into());
+            tried.is_err_and(|e| e.to_string().starts_with("unknown field"))
+        };
+        file.retain(|name, value| !value.is_null() || unknown(name));
         let providers = file.get_mut("providers").and_then(Yaml::as_sequence_mut);
         for entry in providers.into_iter().flatten().filter(|e| e.is_string()) {
             let name = std::mem::take(entry);
             *entry = Mapping::from_iter([("name".into(), name)]).into();
         }
-        let config: Config = serde_path_to_error::deserialize(Yaml::from(file)).map_err(|e| {
-            let (path, mut why) = (e.path().to_string(), e.inner().to_string());
-            // serde says "invalid type: FOUND, expected WHAT".
-            let secret = path.starts_with("users") || path.contains("headers");
-            if secret && why.starts_with("invalid") {
-                let right = why.split(", expected ").last().unwrap_or_default();
-                why = format!("found what is not shown, expected {right}");
-            }
-            format!("{path}: {why}")
-        })?;
+        let config = serde_path_to_error::deserialize(Yaml::from(file));
+        let config: Config = config.map_err(field_error)?;
         config.check().map(|()| config)
     }
 
@@ -2481,13 +2481,31 @@ impl Config {
         let path = |provider: &Provider| provider.path(&self.state_dir);
         let found = PROVIDERS.iter().filter(|p| path(p).exists());
         let found: Vec<_> = found.map(ProviderSettings::new).collect();
-        if found.is_empty() {
-            let [claude, chatgpt] = PROVIDERS.each_ref().map(path);
-            let why = format!("neither {claude:?} nor {chatgpt:?} is there; log in first");
-            return Err(Error::start("find a login", why));
-        }
-        Ok(found)
+        let [claude, chatgpt] = PROVIDERS.each_ref().map(path);
+        let why = format!("neither {claude:?} nor {chatgpt:?} is there; log in first");
+        let lack = || Error::start("find a login", why);
+        Some(found).filter(|f| !f.is_empty()).ok_or_else(lack)
     }
+}
+
+/// Which field is wrong, and why, without what could be a secret.
+fn field_error(e: serde_path_to_error::Error<serde_yaml::Error>) -> String {
+    let (mut path, mut why) = (e.path().to_string(), e.inner().to_string());
+    let secrets = ["users", "proxy", "headers"];
+    if secrets.iter().any(|secret| path.contains(secret)) {
+        // Even a key can be one, if the space behind its colon was left out.
+        path.truncate(path.find(':').unwrap_or(path.len()));
+        if let Some((place, key)) = path.rsplit_once('.')
+            && key.len() >= 16
+        {
+            path.truncate(place.len());
+        }
+        // serde says "invalid type: FOUND, expected WHAT".
+        if let Some((_, right)) = why.rsplit_once(", expected ") {
+            why = format!("found what is not shown, expected {right}");
+        }
+    }
+    format!("{path}: {why}")
 }
 
 /// The first item that one before it equals.
@@ -2498,7 +2516,7 @@ fn repeated<T>(items: &[T], same: impl Fn(&T, &T) -> bool) -> Option<&T> {
 
 /// A provider, as configured.
 #[derive(Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "a name, or a mapping with one")]
 struct ProviderSettings {
     #[serde(rename = "name", deserialize_with = "provider")]
     provider: &'static Provider,
@@ -2529,7 +2547,7 @@ struct User {
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "a mapping with name and token")]
 struct RawUser {
     name: String,
     token: Option<String>,
@@ -2560,7 +2578,7 @@ impl TryFrom<RawUser> for User {
 }
 
 #[derive(Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
 struct RawTls {
     enabled: bool,
     cert_path: Option<PathBuf>,
@@ -2663,6 +2681,7 @@ fn headers<'de, D: Deserializer<'de>>(from: D) -> Result<HeaderMap, D::Error> {
         let key = HeaderName::try_from(&name).ok();
         let key = key.filter(|key| !is_reserved(key.as_str()));
         let Some((key, value)) = key.zip(HeaderValue::from_str(&value).ok()) else {
+            let name = name.split(':').next().unwrap_or_default();
             let right = "a header that may be set, with a value in ASCII";
             return Err(D::Error::custom(format!("{name:?} is not {right}")));
         };

@@ -24,6 +24,8 @@ fn run(name: &str, text: &str) -> (i32, String) {
 /// Each configuration, and what the line must say beside the file's name.
 const TABLE: &[(&str, &[&str])] = &[
     ("listne: ':8080'", &["listne", "listen"]),
+    ("listne:", &["listne", "listen"]),
+    ("\"list\\nne\": 1", &["listen"]),
     ("listen: 8080", &["listen"]),
     ("listen: localhost", &["listen", "localhost"]),
     ("listen: ':99999'", &["listen", "99999"]),
@@ -205,12 +207,21 @@ fn what_was_found_in_a_secret_field_is_not_shown() {
         "providers: [{name: claude, headers: {x-a: [Pw5xKt]}}]".to_owned(),
         "providers: [{name: claude, headers: {authorization: Pw5xKt}}]".to_owned(),
         "providers: [{name: claude, headers: {x-a: \"Pw5xKt\\r\\nx: y\"}}]".to_owned(),
+        "users: [{name: alice, token:Pw5xKtRb8zHnVc3mXd}]".to_owned(),
+        "users: [{token:Pw5xKtRb8zHnVc3mXd, name: alice}]".to_owned(),
+        "users: [{Pw5xKtRb8zHnVc3mXd: 1, name: alice}]".to_owned(),
+        "users: [{\"Pw5xKtRb8zHn\\nVc3mXd\": 1, name: alice}]".to_owned(),
+        "providers: [{name: claude, headers: {x-a:Pw5xKt}}]".to_owned(),
+        "providers: [{name: claude, headers: {x-a:Pw5xKt: 1}}]".to_owned(),
+        "proxy: Pw5xKtRb8zHn".to_owned(),
+        "proxy: [Pw5xKtRb8zHn]".to_owned(),
         "proxy: 'gopher://user:Pw5xKt@localhost:1'".to_owned(),
         "proxy: 'http://user:Pw5xKt@:no'".to_owned(),
         "providers: [{name: claude, base_url: 'http://user:Pw5xKt@example.org'}]".to_owned(),
     ] {
         let (code, said) = run("wrong.yaml", &text);
         assert_eq!(code, 2, "{text}: {said}");
+        assert_eq!(said.trim_end().lines().count(), 1, "{text}: {said}");
         for secret in ["Pw5xKt", "Rb8zHn", "Vc3mXd", "666777"] {
             assert!(!said.contains(secret), "{text}: {said}");
         }
