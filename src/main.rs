@@ -1042,9 +1042,11 @@ struct State {
     /// Of the file when it was last read; `None` when it must be read again anyhow.
     stamp: Option<Stamp>,
     refresh: Refresh,
-    /// How often the keeper was asked to look, and what of that it has done.
+    /// How often the keeper was asked to look, and what of that it has done; and the access token
+    /// that upstream has rejected, if that is why.
     asked: u64,
     done: u64,
+    rejected: Option<Secret>,
     stopping: bool,
 }
 
@@ -1055,8 +1057,6 @@ type Failure = (String, Option<Instant>);
 #[derive(Default)]
 struct Refresh {
     succeeded: Option<Instant>,
-    /// The access token that upstream has rejected.
-    rejected: Option<Secret>,
     /// The last wait after a failure.
     backoff: Duration,
     failure: Option<Failure>,
@@ -1098,14 +1098,13 @@ impl State {
         age.is_some_and(|age| age < TOKEN_MARGIN)
     }
 
-    /// The token, if it must be refreshed `margin` before its end, and may be now.
-    fn due(&self, margin: Duration) -> Option<&Token> {
+    /// The token, if it must be refreshed, `margin` before its end, and may be now.
+    fn due(&self, margin: Duration, rejected: Option<Secret>) -> Option<&Token> {
         let waiting = match &self.refresh.failure {
             Some((_, until)) => until.is_none_or(|at| !left_until(at).is_zero()),
             None => self.is_young(),
         };
-        let rejected = self.refresh.rejected.as_ref();
-        let due = |t: &&Token| !t.lasts(margin) || rejected == Some(&t.access);
+        let due = |t: &&Token| !t.lasts(margin) || rejected.as_ref() == Some(&t.access);
         let token = self.token.as_ref().filter(|_| !waiting);
         token.filter(|token| token.refresh.is_some()).filter(due)
     }
@@ -1127,7 +1126,7 @@ impl Credential {
     /// first who finds it ageing waits too, while the others use it.
     fn token(&self) -> Result<Token, Reply> {
         let mut state = self.look(false);
-        if let Some(old) = state.due(TOKEN_MARGIN)
+        if let Some(old) = state.due(TOKEN_MARGIN, None)
             && (state.asked == state.done || !old.lasts(Duration::ZERO))
         {
             state = self.ask(state);
@@ -1151,7 +1150,7 @@ impl Credential {
         let newer = |other: &Token| other.access != token.access;
         let mut state = self.look(true);
         if !state.token.as_ref().is_some_and(newer) {
-            state.refresh.rejected = Some(token.access.clone());
+            state.rejected = Some(token.access.clone());
             state = self.ask(state);
         }
         state.token.clone().filter(newer)
@@ -1177,9 +1176,9 @@ impl Credential {
     fn keep(&self) {
         let mut state = lock(&self.state);
         while !state.stopping {
-            let asked = state.asked;
+            let (asked, rejected) = (state.asked, state.rejected.take());
             drop(state);
-            let _ = catch_unwind(AssertUnwindSafe(|| self.tend()));
+            let _ = catch_unwind(AssertUnwindSafe(|| self.tend(rejected)));
             state = lock(&self.state);
             state.done = asked;
             self.changed.notify_all();
@@ -1202,9 +1201,10 @@ impl Credential {
     }
 
     /// One look at the login: what is unsaved is written, a token that is due is refreshed.
-    fn tend(&self) {
+    fn tend(&self, rejected: Option<Secret>) {
         self.save(None);
-        let old = self.look(true).due(self.interval + TOKEN_MARGIN).cloned();
+        let margin = self.interval + TOKEN_MARGIN;
+        let old = self.look(true).due(margin, rejected).cloned();
         let Some(old) = old else { return };
         if let Err((why, least)) = self.refresh(&old) {
             // Another tool may have refreshed meanwhile; then its login is the newer one.
@@ -1265,14 +1265,16 @@ impl Credential {
             let wait = (!provider.is_final(status, word)).then(|| wait.unwrap_or_default());
             return Err((format!("{url} answered {status} {word}"), wait));
         }
-        let access = secret(&json["access_token"]);
+        let new = secret(&json["refresh_token"]);
+        // What the answer leaves out stays as it was.
+        let access = secret(&json["access_token"]).or(new.as_ref().map(|_| old.access.clone()));
         let access = access.ok_or_else(|| passing(&"the answer holds no token"))?;
         let lifetime = json["expires_in"].as_f64();
         let lifetime = lifetime.map(|seconds| seconds.clamp(LIFETIME_MIN, LIFETIME_MAX));
         let expires = lifetime.map(|s| SystemTime::now() + Duration::from_secs_f64(s));
         Ok(Token {
             expires: expires.or_else(|| time(&claims(&access)["exp"])),
-            refresh: secret(&json["refresh_token"]).or(old.refresh.clone()),
+            refresh: new.or(old.refresh.clone()),
             account: old.account.clone(),
             id: secret(&json["id_token"]).or(old.id.clone()),
             access,
@@ -1294,7 +1296,9 @@ impl Credential {
         if let (Err(why), Some(_)) = (saved, &state.refresh.unsaved) {
             error!("{name}: {why}; the new login is in memory only, and will be written again");
             state.token = Some(new.clone());
-            (state.refresh.backoff, state.refresh.failure) = (Duration::ZERO, None);
+            if fresh {
+                (state.refresh.backoff, state.refresh.failure) = (Duration::ZERO, None);
+            }
         }
         let ours = |token: &Token| token.access == new.access;
         if fresh && state.token.as_ref().is_some_and(ours) {
@@ -1344,7 +1348,7 @@ impl Credential {
         let name = self.provider.name;
         let known = token == state.token && (token.is_some() || failure == state.refresh.failure);
         let unsaved = state.refresh.unsaved.as_ref();
-        if known || unsaved.is_some_and(|(old, _)| old.is_of(&token)) {
+        if unsaved.map_or(known, |(old, _)| old.is_of(&token)) {
             return;
         }
         match &failure {

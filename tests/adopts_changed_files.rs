@@ -274,3 +274,29 @@ fn a_file_of_another_user_is_refused_with_the_remedy() {
     login::save(&mux.state(), "claude", &own.claude());
     assert_eq!(used(&up, &mux), own.access);
 }
+
+/// The same when somebody looks at the file in between: what the refresh brings is not put in its place.
+#[test]
+fn a_log_out_that_is_seen_during_a_refresh_wins() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    assert_eq!(mux.message().status, 200);
+    let (asked, go) = (Steps::default(), Steps::default());
+    let (told, held) = (asked.clone(), go.clone());
+    up.on_refresh(move |_, _| {
+        told.advance();
+        held.wait(1);
+        Ok(false)
+    });
+    login::save(&mux.state(), "claude", &up.login("claude", -10).claude());
+    let mut client = mux.client();
+    client.request("POST", MESSAGES, &[BEARER], b"{}");
+    asked.wait(1);
+    fs::remove_file(file(&mux)).expect("remove a file");
+    let health = mux.client().request("GET", "/healthz", &[], b"").answer();
+    assert_eq!(health.json()["providers"]["claude"], "unavailable");
+    go.advance();
+    assert_eq!(client.answer().status, 503);
+    assert_down(&mux, "logged out");
+    assert!(!file(&mux).exists());
+}

@@ -91,7 +91,7 @@ fn at_any_level_whatever_happens() {
 fn when_a_token_endpoint_says_too_much() {
     for (status, body) in [
         (200, json!({"access_token": 5, "note": BODY})),
-        (200, json!({"access_token": "", "refresh_token": BODY})),
+        (200, json!({"access_token": "", "note": BODY})),
         (200, json!(BODY)),
         (
             400,

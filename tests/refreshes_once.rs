@@ -258,3 +258,22 @@ fn a_lifetime_is_taken_between_a_minute_and_thirty_days() {
         );
     }
 }
+
+/// A new refresh token is not lost for want of an access token beside it: the old one has been spent.
+#[test]
+fn an_answer_with_nothing_but_a_refresh_token_is_kept() {
+    let up = Upstream::plain();
+    let (old, new) = (up.login("chatgpt", 30), up.login("chatgpt", 3600));
+    let fresh = new.refresh.clone();
+    up.on_refresh(move |_, conn| {
+        conn.json(200, &json!({"refresh_token": fresh}))
+            .map(|()| true)
+    });
+    let mux = Setup::new(&up).save("chatgpt", &old.codex()).start();
+    mux.wait_log("chatgpt: refreshed");
+    assert_eq!(mux.ask("POST", RESPONSES, &[], b"{}").status, 200);
+    let file = login::read(&mux.state(), "chatgpt");
+    assert_eq!(file["tokens"]["refresh_token"], json!(new.refresh));
+    assert_eq!(file["tokens"]["access_token"], json!(old.access));
+    assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+}
