@@ -1631,7 +1631,13 @@ fn agent(config: &Config, url: &str) -> Result<AgentConfig, Error> {
         let owned = |der| ureq::tls::Certificate::from_der(der).to_owned();
         roots = found.iter().map(|der| owned(der)).into();
     }
-    let proxy = config.proxy.clone().or_else(ureq::Proxy::try_from_env);
+    let mut proxy = config.proxy.clone();
+    let names = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"];
+    let set = |name: &&str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    if let (None, Some(name)) = (&proxy, names.into_iter().find(set)) {
+        let wrong = || Error::start(format!("{name} (not shown)"), "expected a proxy's URL");
+        proxy = Some(ureq::Proxy::try_from_env().ok_or_else(wrong)?);
+    }
     let loopback = url.parse().is_ok_and(|uri| is_loopback(&uri));
     let tls = ureq::tls::TlsConfig::builder().root_certs(roots);
     Ok(ureq::Agent::config_builder()
@@ -1695,11 +1701,12 @@ impl Upstream {
             .timeout_per_write(time)
             .timeout_recv_response(time)
             .timeout_recv_body(Some(FOREVER)) // so that the wire can tell a body
-            .timeout_per_read(Some(config.stream_idle_timeout))
+            .timeout_per_read(Some(config.stream_idle_timeout.max(config.request_timeout)))
             .max_idle_connections(config.workers.get().into())
             .max_idle_connections_per_host(config.workers.get().into());
         let proxied = ().chain(SocksConnector::default()).chain(ConnectProxyConnector::default());
-        let connector = proxied.chain(Dial).chain(RustlsConnector::default());
+        let dial = Dial(config.stream_idle_timeout);
+        let connector = proxied.chain(dial).chain(RustlsConnector::default());
         let resolver = DefaultResolver::default();
         Ok(Upstream {
             provider,
@@ -1751,7 +1758,11 @@ impl Upstream {
         } else if let Some(account) = &token.account {
             headers.insert("chatgpt-account-id", header_value(account.expose()));
         }
-        Ok(request)
+        let fits = |(name, value): (&HeaderName, &HeaderValue)| {
+            name.as_str().len() + value.len() < LINE_SIZE
+        };
+        let fit = headers.iter().all(fits);
+        fit.then_some(request).ok_or_else(head_too_large)
     }
 
     /// What is the client's own: its secrets, what holds for its connection only, and what would
@@ -1829,12 +1840,15 @@ struct Wire {
     /// How much of a body is read at a time, 0 as yet; and whether there was that much.
     room: usize,
     full: bool,
+    /// The longest silence inside a body.
+    idle: Duration,
     /// The time limits that the kernel was last told, for a read and for a write.
     told: [Duration; 2],
 }
 
+/// Makes them; with `stream_idle_timeout`.
 #[derive(Debug)]
-struct Dial;
+struct Dial(Duration);
 
 impl<In: Transport> Connector<In> for Dial {
     type Out = Either<In, Wire>;
@@ -1866,6 +1880,7 @@ impl<In: Transport> Connector<In> for Dial {
             buffers: LazyBuffers::new(UPSTREAM_INPUT, UPSTREAM_OUTPUT),
             room: 0,
             full: false,
+            idle: self.0,
             told: [Duration::ZERO; 2],
         })))
     }
@@ -1885,6 +1900,14 @@ impl Wire {
     }
 }
 
+/// How long this may take, which is not nothing.
+fn limited(time: NextTimeout) -> Result<(NextTimeout, Duration), ureq::Error> {
+    match (*time.after).min(FOREVER) {
+        Duration::ZERO => Err(ureq::Error::Timeout(time.reason)),
+        limit => Ok((time, limit)),
+    }
+}
+
 fn wire_error(e: io::Error, limit: ureq::Timeout) -> ureq::Error {
     match e.kind() {
         ErrorKind::TimedOut | ErrorKind::WouldBlock => ureq::Error::Timeout(limit),
@@ -1898,8 +1921,7 @@ impl Transport for Wire {
     }
 
     fn transmit_output(&mut self, amount: usize, time: NextTimeout) -> Result<(), ureq::Error> {
-        let time = time.for_write();
-        let limit = (*time.after).min(FOREVER);
+        let (time, limit) = limited(time.for_write())?;
         if std::mem::replace(&mut self.told[1], limit) != limit {
             self.tcp.set_write_timeout(Some(limit))?;
         }
@@ -1908,13 +1930,12 @@ impl Transport for Wire {
     }
 
     fn await_input(&mut self, mut time: NextTimeout) -> Result<bool, ureq::Error> {
-        match time.reason {
-            ureq::Timeout::RecvResponse => time.per_read = None,
-            ureq::Timeout::RecvBody if self.buffers.input().is_empty() => self.fit(),
-            _ => {}
+        let body = time.reason == ureq::Timeout::RecvBody;
+        time.per_read = body.then(|| self.idle.into());
+        if body && self.buffers.input().is_empty() {
+            self.fit();
         }
-        let time = time.for_read();
-        let limit = (*time.after).min(FOREVER);
+        let (time, limit) = limited(time.for_read())?;
         if std::mem::replace(&mut self.told[0], limit) != limit {
             self.tcp.set_read_timeout(Some(limit))?;
         }
@@ -1929,10 +1950,13 @@ impl Transport for Wire {
         Ok(count > 0)
     }
 
-    /// Between two requests: the next one has heads again.
+    /// Between two requests: the next one has heads again. Nothing may have come behind the last.
     fn is_open(&mut self) -> bool {
+        if !self.buffers.input().is_empty() {
+            return false;
+        }
         (self.room, self.full) = (0, false);
-        self.buffers = LazyBuffers::new(UPSTREAM_INPUT, UPSTREAM_OUTPUT); // empty as yet
+        self.buffers = LazyBuffers::new(UPSTREAM_INPUT, UPSTREAM_OUTPUT);
         let peeked = recv(
             &self.tcp,
             &mut [0][..],

@@ -204,3 +204,27 @@ fn trailers_and_interim_answers_are_dropped() {
         200
     );
 }
+
+/// On one upstream connection: what was small enough for the events of a stream is large enough for what follows.
+#[test]
+fn a_large_head_behind_a_stream() {
+    let large = "x".repeat(6000);
+    let value = large.clone();
+    let up = Upstream::start(move |req, conn| {
+        if req.head.get("x-large").is_some() {
+            return conn.respond(200, &[("x-one", &value), ("x-two", &value)], b"fine");
+        }
+        conn.stream(&[])?;
+        conn.chunk("one")?;
+        conn.chunk("two")?;
+        conn.finish()
+    });
+    let mux = Setup::new(&up).set("workers", 1).start();
+    for _ in 0..3 {
+        assert_eq!(mux.message().text(), "onetwo");
+        let answer = mux.ask("POST", MESSAGES, &[("x-large", "1")], b"{}");
+        assert_eq!(answer.header("x-two"), Some(large.as_str()));
+        assert_eq!(answer.text(), "fine");
+    }
+    assert_eq!(up.connections(), 1);
+}

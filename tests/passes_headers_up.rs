@@ -249,3 +249,16 @@ fn a_value_that_is_not_ascii_is_400() {
     }
     assert_eq!(up.requests().len(), 0);
 }
+
+/// Two that are short enough become one that is not.
+#[test]
+fn a_header_that_is_too_long_when_merged_is_431() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let long = "b".repeat(6000);
+    let twice = [("anthropic-beta", long.as_str()); 2];
+    let answer = mux.ask("POST", MESSAGES, &twice, b"{}");
+    assert_eq!(answer.status, 431);
+    answer.error();
+    assert_eq!(mux.ask("POST", MESSAGES, &twice[..1], b"{}").status, 200);
+}

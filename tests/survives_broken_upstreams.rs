@@ -3,7 +3,9 @@
 
 mod common;
 use common::*;
-use std::io;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::thread;
 
 /// Sends `piece` until the other side has had enough; true if it has.
 fn flood(conn: &mut Conn, piece: &[u8]) -> bool {
@@ -311,4 +313,56 @@ fn certificates_that_do_not_verify() {
     assert_eq!(up.requests().len(), 0, "no token went there");
     assert_eq!(health().status, 200);
     mux.assert_settled(before, 16);
+}
+
+/// TLS records of no answer, here a change of keys, may come behind an answer in the same piece: the connection
+/// is not used again with a part of them lost.
+#[test]
+fn a_change_of_keys_behind_an_answer_costs_no_request() {
+    let authority = Authority::new();
+    for size in [100, 4030, 4031, 4032, 4033, 4034, 4035, 4036] {
+        let addr = changes_keys(&authority, size);
+        let up = Upstream::plain();
+        let setup = Setup::new(&up);
+        let roots = setup.write("roots.pem", &authority.cert_pem);
+        let setup = setup.provider(0, "base_url", format!("https://{addr}"));
+        let mux = setup.env("SSL_CERT_FILE", roots).start();
+        for _ in 0..3 {
+            assert_eq!(mux.message().body.len(), size);
+        }
+    }
+}
+
+/// Answers each request on its connection with that many bytes, and changes its keys at once.
+fn changes_keys(authority: &Authority, size: usize) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
+    let addr = listener.local_addr().expect("an address");
+    let authority = authority.clone();
+    thread::spawn(move || {
+        for mut socket in listener.incoming().map_while(Result::ok) {
+            let mut tls = authority.server();
+            thread::spawn(move || -> io::Result<()> {
+                loop {
+                    let mut asked = [0; 4096];
+                    let count = rustls::Stream::new(&mut tls, &mut socket).read(&mut asked)?;
+                    if count == 0 {
+                        return Ok(());
+                    }
+                    if !asked[..count].ends_with(b"{}") {
+                        continue;
+                    }
+                    let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {size}\r\n\r\n");
+                    let answer = answer + &"x".repeat(size);
+                    tls.writer().write_all(answer.as_bytes())?;
+                    tls.refresh_traffic_keys().map_err(io::Error::other)?;
+                    let mut piece = Vec::new();
+                    while tls.wants_write() {
+                        tls.write_tls(&mut piece)?;
+                    }
+                    socket.write_all(&piece)?;
+                }
+            });
+        }
+    });
+    addr
 }

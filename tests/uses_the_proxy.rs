@@ -6,6 +6,7 @@ use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 /// A proxy that records what it was asked for and tunnels everything to one place.
 struct Proxy {
@@ -33,6 +34,7 @@ impl Proxy {
     }
 }
 
+/// Asked for a name that begins with `slow`, it says nothing for a while before the tunnel opens.
 fn tunnel(mut client: TcpStream, to: SocketAddr, asked: &Mutex<Vec<String>>) -> io::Result<()> {
     let mut first = [0];
     client.peek(&mut first)?;
@@ -41,6 +43,9 @@ fn tunnel(mut client: TcpStream, to: SocketAddr, asked: &Mutex<Vec<String>>) -> 
     } else {
         connect(&client)?
     };
+    if target.contains(" slow") {
+        thread::sleep(Duration::from_millis(1500));
+    }
     lock(asked).push(target);
     let (mut up, mut down) = (TcpStream::connect(to)?, client.try_clone()?);
     let mut back = up.try_clone()?;
@@ -161,7 +166,7 @@ fn a_socks_proxy_that_is_given_addresses() {
 
 #[test]
 fn a_proxy_of_the_environment() {
-    for name in ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"] {
+    for name in ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"] {
         let (far, _near, proxy, setup) = far_away("upstream.test");
         let mux = setup.env(name, format!("http://{}", proxy.addr)).start();
         assert_proxied(&far, &proxy, &mux, "CONNECT upstream.test:443");
@@ -204,4 +209,72 @@ fn a_proxy_that_is_not_there_is_502() {
     assert_eq!(answer.status, 502);
     answer.error();
     assert_eq!(mux.ask("POST", RESPONSES, &[], b"{}").status, 200);
+}
+
+/// A variable that is for plain HTTP, which is never spoken to a far upstream; and one that means nothing.
+#[test]
+fn a_proxy_for_something_else_is_not_used_and_a_wrong_one_is_an_error() {
+    let (_far, _near, proxy, setup) = far_away("upstream.test");
+    let mux = setup
+        .env("HTTP_PROXY", format!("http://{}", proxy.addr))
+        .start();
+    assert_eq!(mux.message().status, 503);
+    assert_eq!(proxy.asked().len(), 0);
+    let (_far, _near, _proxy, setup) = far_away("upstream.test");
+    let (code, said) = setup
+        .env("HTTPS_PROXY", "gopher://Tz6wQn3LkP@localhost:1")
+        .refused();
+    assert_eq!(code, 1, "{said}");
+    assert!(
+        said.contains("HTTPS_PROXY") && !said.contains("Tz6wQn3LkP"),
+        "{said}"
+    );
+}
+
+/// `stream_idle_timeout` is for bodies, on whatever way: not for a tunnel, a handshake or a head.
+#[test]
+fn a_slow_proxy_and_a_slow_head_behind_it_are_waited_for() {
+    for scheme in ["http", "socks5h"] {
+        let authority = Authority::new();
+        let far = Upstream::tls(&authority, |_, conn| {
+            thread::sleep(Duration::from_millis(1500));
+            conn.respond(200, &[], b"far")
+        });
+        let proxy = Proxy::start(far.addr);
+        let setup = Setup::new(&far);
+        let roots = setup.write("roots.pem", authority.cert_pem);
+        let setup = setup.env("SSL_CERT_FILE", roots);
+        let setup = setup.provider(0, "base_url", "https://slow.test/anthropic");
+        let setup = setup.set("stream_idle_timeout", "500ms");
+        let mux = setup
+            .set("proxy", format!("{scheme}://{}", proxy.addr))
+            .start();
+        assert_eq!(mux.message().text(), "far", "{scheme}");
+        assert_eq!(proxy.asked().len(), 1);
+    }
+}
+
+#[test]
+fn a_proxy_that_is_too_slow_is_504() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
+    let proxy = listener.local_addr().expect("an address");
+    let end = Steps::default();
+    let held = end.clone();
+    thread::spawn(move || {
+        let mut wire = Wire::plain(listener.accept()?.0);
+        wire.head()?;
+        wire.send(b"HTTP/1.1 200 Connected\r\n")?;
+        held.wait(1);
+        io::Result::Ok(())
+    });
+    let up = Upstream::plain();
+    let mux = Setup::new(&up)
+        .provider(0, "base_url", "https://upstream.test")
+        .set("proxy", format!("http://{proxy}"))
+        .set("request_timeout", "1s")
+        .start();
+    let answer = mux.message();
+    assert_eq!(answer.status, 504);
+    assert!(answer.error().contains("request_timeout"));
+    end.advance();
 }

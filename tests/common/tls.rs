@@ -4,7 +4,7 @@ use super::http::Wire;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, StreamOwned};
 use rustls::{ServerConnection, SupportedProtocolVersion};
-use std::io;
+use std::io::{self, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 
@@ -23,7 +23,14 @@ impl Authority {
     }
 
     pub fn with(key: rcgen::KeyPair) -> Authority {
-        let names = ["localhost", "127.0.0.1", "upstream.test", "192.0.2.1"].map(str::to_owned);
+        let names = [
+            "localhost",
+            "127.0.0.1",
+            "upstream.test",
+            "slow.test",
+            "192.0.2.1",
+        ]
+        .map(str::to_owned);
         let params = rcgen::CertificateParams::new(names).expect("parameters");
         let cert = params.self_signed(&key).expect("a certificate");
         Authority {
@@ -39,6 +46,16 @@ impl Authority {
         addr: SocketAddr,
         versions: &[&'static SupportedProtocolVersion],
     ) -> io::Result<Wire> {
+        self.connect_with(addr, versions, b"")
+    }
+
+    /// Sends `early` together with the last of the handshake.
+    pub fn connect_with(
+        &self,
+        addr: SocketAddr,
+        versions: &[&'static SupportedProtocolVersion],
+        early: &[u8],
+    ) -> io::Result<Wire> {
         let mut roots = RootCertStore::empty();
         roots.add(self.cert.clone()).expect("a root");
         let config = ClientConfig::builder_with_protocol_versions(versions)
@@ -46,6 +63,7 @@ impl Authority {
             .with_no_client_auth();
         let name = ServerName::try_from("localhost").expect("a name");
         let mut tls = ClientConnection::new(Arc::new(config), name).expect("a client");
+        tls.writer().write_all(early)?;
         let mut socket = TcpStream::connect_timeout(&addr, super::http::PATIENCE)?;
         socket.set_read_timeout(Some(super::http::PATIENCE))?;
         while tls.is_handshaking() {
@@ -55,13 +73,17 @@ impl Authority {
         Ok(Wire::new(Box::new(StreamOwned::new(tls, socket)), raw))
     }
 
-    pub fn accept(&self, socket: TcpStream) -> io::Result<Wire> {
+    pub fn server(&self) -> ServerConnection {
         let key = PrivateKeyDer::try_from(self.key.clone()).expect("a key");
         let config = ServerConfig::builder()
             .with_no_client_auth()
             .with_single_cert(vec![self.cert.clone()], key)
             .expect("a pair");
-        let tls = ServerConnection::new(Arc::new(config)).expect("a server");
+        ServerConnection::new(Arc::new(config)).expect("a server")
+    }
+
+    pub fn accept(&self, socket: TcpStream) -> io::Result<Wire> {
+        let tls = self.server();
         let raw = socket.try_clone()?;
         Ok(Wire::new(Box::new(StreamOwned::new(tls, socket)), raw))
     }
