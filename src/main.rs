@@ -3,30 +3,31 @@
 //! keeps that one fresh and safely on disk, and streams the answer back as it comes.
 //!
 //! ```text
-//! client ══ TCP/TLS ══> gate ── request line ──> tiny_http ──> queue ──> worker ──> ureq ══> upstream
-//!    ^                   │  over the inner connection                      │
-//!    │                   └─ parks the client's stream ─────────────────> takes it: token, body,
-//!    └───────────────────────── answer, piece by piece ────────────────── then gives it back
+//! client ══ TCP/TLS ══> gate ── request line ──> tiny_http ── queue ──> worker ──> ureq ══> upstream
+//!    ^                   │     over the inner connection                   │
+//!    │                   └─ parks the exchange ─────────────────────────> takes it: token, body,
+//!    └──────────────────────── answer, piece by piece ─────────────────── then gives the stream back
 //!
-//! credential file <── worker or keeper, one at a time ──> token endpoint
+//! credential file <══ keeper ══> token endpoint
 //! ```
 //!
-//! The **gate** is one thread that meets all clients: it takes in what they send without ever
-//! waiting for one of them, and refuses what is malformed or ambiguous. A whole head becomes an
-//! **exchange**, which is *parked* under a number; the request line and that number go to
-//! tiny_http over the **inner connection**, and tiny_http hands them to one of the **workers**,
-//! as many as there are at most: the gate lends out no more than are free. tiny_http never meets
-//! the network, where it has no deadlines, hangs under a burst, and aborts on an absurd length.
-//! The worker takes the exchange, is the only one to read the body and write the answer, waiting
-//! as long as it must, and ends with a **verdict** on what becomes of the stream. A **reply** is
-//! an answer of ai-mux's own; everything else that a client hears comes from **upstream**.
+//! The **gate** is one thread that meets all clients: it takes in what they send without waiting
+//! for any one of them, and refuses what is malformed or ambiguous. A whole head becomes an
+//! **exchange**, which it *parks* under a number. The request line and that number go to tiny_http
+//! over the **inner connection**; tiny_http queues them and hands them to the **workers**, a fixed
+//! pool, but never meets the network, where it has no deadlines, hangs under a burst, and aborts on
+//! an absurd length. The worker takes the exchange, and now waits as long as it must: it alone
+//! reads the body and writes the answer, and it ends with a **verdict** on what becomes of the
+//! stream. A **keeper** for each provider refreshes its login; it alone calls the token endpoint
+//! and writes the credential file. A **reply** is an answer of ai-mux's own; everything else that
+//! a client hears comes from **upstream**.
 //!
 //! The file reads from the story to the reference: limits, main, gate, server, handler,
 //! credential, upstream, stream, config, replies and errors, log. A callee stands below its caller.
 
 #![forbid(unsafe_code)]
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt::Display;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, BufRead, Cursor, ErrorKind, Read, Write};
@@ -47,6 +48,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use log::{LevelFilter, debug, error, info, warn};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::retry_on_intr;
 use rustix::net::{RecvFlags, recv};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use serde::{Deserialize, Deserializer, de::DeserializeOwned, de::Error as _};
@@ -65,7 +67,7 @@ use ureq::{SendBody, tls::RootCerts};
 
 use secret::Secret;
 
-/// That of musl, in the static build, takes twice as long for all of a request.
+/// With that of musl, which the static build would have, a request costs half as much again.
 #[global_allocator]
 static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
@@ -98,6 +100,8 @@ const PIECE_TIME: Duration = Duration::from_secs(30);
 /// How much of an unread body is taken after a reply, so that the client comes to read it.
 const LINGER_SIZE: usize = 1 << 20;
 const LINGER_TIME: Duration = Duration::from_secs(2);
+/// An exchange that a free worker has not picked up by then was lost inside tiny_http.
+const PICKUP_TIME: Duration = Duration::from_secs(5);
 /// How long a worker keeps a stack that grew before a new thread takes its place.
 const REST_TIME: Duration = Duration::from_secs(15);
 /// Client connections beyond those that workers serve.
@@ -220,7 +224,7 @@ fn claim(folder: &Path) -> Result<File, Error> {
 }
 
 /// Takes a lock whatever a panicking thread left behind: every state here is valid after each
-/// statement. Nothing is waited for while one is held.
+/// statement. Nothing is waited for while one is held, but a small file on this machine.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -248,16 +252,19 @@ struct Gate {
     /// How many connections there may be, and those without an exchange, the quietest first.
     capacity: usize,
     visitors: Vec<Stream>,
-    /// How many exchanges there are, and the number of the last one.
-    exchanges: usize,
+    /// Exchanges that wait for a worker; how many workers there are, and are lent an exchange.
+    queue: VecDeque<Exchange>,
+    workers: usize,
+    lent: usize,
+    /// Of the last exchange that was lent.
     number: u64,
     verdicts: Receiver<Verdict>,
-    /// Gets a byte for each verdict and each signal.
+    /// Gets a byte for each request that a worker is done with, and for each signal.
     bell: UnixStream,
     stopping: Arc<AtomicBool>,
-    /// Where tiny_http listens: `socket` in a private folder that ends with us.
+    /// The inner connection, and where tiny_http listens: a private folder that ends with us.
+    inner: UnixStream,
     inner_folder: PathBuf,
-    inner: Option<UnixStream>,
     /// The log knows that new connections wait.
     warned: bool,
 }
@@ -276,20 +283,22 @@ impl Gate {
         let (verdict, verdicts) = mpsc::channel();
         let tls = config.tls.clone();
         let proxy = Arc::new(Proxy::new(config, verdict, ring)?);
-        let inner_folder = serve(&proxy, workers).map_err(failed)?;
+        let (inner, inner_folder) = serve(&proxy, workers, &bell).map_err(failed)?;
         Ok(Gate {
             proxy,
             listener: Some(listener),
             tls,
             capacity,
             visitors: Vec::new(),
-            exchanges: 0,
+            queue: VecDeque::new(),
+            workers,
+            lent: 0,
             number: 0,
             verdicts,
             bell,
             stopping,
+            inner,
             inner_folder,
-            inner: None,
             warned: false,
         })
     }
@@ -299,18 +308,26 @@ impl Gate {
         self.announce();
         let mut end = None;
         while end.is_none_or(|end| self.count() > 0 && !left_until(end).is_zero()) {
-            let (knock, spoken) = self.wait(end);
-            for (stream, spoken) in std::mem::take(&mut self.visitors).into_iter().zip(spoken) {
-                match spoken || stream.is_due() {
-                    // A panic would cost this connection, and no other.
-                    true => drop(catch_unwind(AssertUnwindSafe(|| self.visit(stream)))),
-                    false => self.visitors.push(stream),
-                }
+            let Ok((knock, spoken)) = self.wait(end) else {
+                self.make_room(); // for poll, too, has a limit of descriptors
+                thread::sleep(ACCEPT_PAUSE);
+                continue;
+            };
+            let visitors = std::mem::take(&mut self.visitors).into_iter().zip(spoken);
+            let (awake, quiet): (Vec<_>, Vec<_>) =
+                visitors.partition(|(s, spoken)| *spoken || s.is_due());
+            self.visitors
+                .extend(quiet.into_iter().map(|(stream, _)| stream));
+            for (stream, _) in awake {
+                // A panic would cost this connection, and no other.
+                let _ = catch_unwind(AssertUnwindSafe(|| self.visit(stream)));
             }
             while let Ok(verdict) = self.verdicts.try_recv() {
+                self.lent -= 1;
                 self.settle(verdict);
             }
             self.take_back();
+            self.dispatch();
             if knock {
                 self.admit();
             }
@@ -322,8 +339,8 @@ impl Gate {
                 self.visitors.retain(|stream| stream.leaving.is_some());
             }
         }
-        if self.exchanges > 0 {
-            warn!("{} requests still ran and are cut short", self.exchanges);
+        if self.count() > 0 {
+            warn!("{} requests still ran and are cut short", self.count());
         }
         remove_inner(&self.inner_folder);
         end.unwrap_or_else(Instant::now)
@@ -339,16 +356,17 @@ impl Gate {
         info!("listening on http{secure}://{address}");
     }
 
+    /// How many connections there are.
     fn count(&self) -> usize {
-        self.visitors.len() + self.exchanges
+        self.visitors.len() + self.queue.len() + self.lent
     }
 
     /// Waits until something happens or is due: whether a client knocks, which visitors spoke.
-    fn wait(&self, end: Option<Instant>) -> (bool, Vec<bool>) {
-        let first = |parked: &BTreeMap<_, Exchange>| Some(parked.values().next()?.stream.due());
-        let parked = first(&lock(&self.proxy.parked));
+    fn wait(&self, end: Option<Instant>) -> io::Result<(bool, Vec<bool>)> {
+        let waiting = self.queue.front().map(|exchange| exchange.stream.due());
+        let parked = self.proxy.first_parked();
         let renewal = self.tls.as_ref().map(|tls| tls.next);
-        let dues = [end, parked, renewal].into_iter().flatten();
+        let dues = [end, waiting, parked, renewal].into_iter().flatten();
         let due = dues.chain(self.visitors.iter().map(Stream::due)).min();
         let time = due.and_then(|due| left_until(due).try_into().ok());
 
@@ -357,13 +375,13 @@ impl Gate {
         sources.extend(self.listener.as_ref().map(|l| l.as_fd()));
         let sources = sources.iter().map(|fd| PollFd::new(fd, PollFlags::IN));
         let mut sources: Vec<_> = sources.collect();
-        let _ = poll(&mut sources, time.as_ref()); // if interrupted, nothing is ready
+        retry_on_intr(|| poll(&mut sources, time.as_ref()))?;
         let mut ready = sources.iter().map(|source| !source.revents().is_empty());
         if ready.next() == Some(true) {
             let _ = (&self.bell).read(&mut [0; 64]);
         }
         let spoken = ready.by_ref().take(self.visitors.len()).collect();
-        (ready.next() == Some(true), spoken)
+        Ok((ready.next() == Some(true), spoken))
     }
 
     /// Lets in whoever knocks, or has them wait for a moment.
@@ -408,57 +426,63 @@ impl Gate {
 
     /// Reads on what a visitor sends. A whole head begins an exchange.
     fn visit(&mut self, mut stream: Stream) {
-        let head = match stream.read_on() {
-            Ok(Some(head)) => head,
+        let exchange = match stream.read_on() {
+            Ok(Some(head)) => Exchange::new(stream, head),
             Ok(None) => return self.visitors.push(stream),
             Err(Fault::Broken(why)) => return debug!("peer={} closed: {why}", stream.peer),
             Err(Fault::Reply(reply)) => {
-                self.exchanges += 1;
-                return self.settle(Exchange::new(stream, Head::default()).refuse(reply));
+                let exchange = Exchange::new(stream, Head::default());
+                return self.settle(exchange.refuse(reply));
             }
         };
-        self.exchanges += 1;
-        if head.is_health() {
+        if exchange.head.is_health() {
             let health = Reply::new(200, self.proxy.health());
-            return self.settle(Exchange::new(stream, head).refuse(health));
+            return self.settle(exchange.refuse(health));
         }
-        self.number += 1;
-        let line = head.line(self.number);
-        stream.socket.until = Instant::now() + self.proxy.config.request_timeout;
-        lock(&self.proxy.parked).insert(self.number, Exchange::new(stream, head));
-        let sent = self.send(&line);
-        self.inner = sent.inspect_err(|e| error!("tiny_http: {e}")).ok();
+        let time = self.proxy.config.request_timeout;
+        self.queue.push_back(exchange.within(time));
     }
 
-    /// Sends a request line to tiny_http, which reads it at once.
-    fn send(&mut self, line: &str) -> io::Result<UnixStream> {
-        let connect = || UnixStream::connect(self.inner_folder.join("socket"));
-        let mut inner = self.inner.take().map_or_else(connect, Ok)?;
-        inner.write_all(line.as_bytes()).map(|()| inner)
+    /// Parks an exchange for each worker that has none, and tells tiny_http of it.
+    fn dispatch(&mut self) {
+        while self.lent < self.workers
+            && let Some(exchange) = self.queue.pop_front()
+        {
+            (self.lent, self.number) = (self.lent + 1, self.number + 1);
+            let (method, target) = (&exchange.head.method, &exchange.head.target);
+            let head = inner_head(method, target, self.number);
+            let exchange = exchange.within(PICKUP_TIME);
+            lock(&self.proxy.parked).insert(self.number, exchange);
+            let _ = self.inner.write_all(head.as_bytes()); // if not, it is taken back in time
+        }
     }
 
-    /// Takes back what no worker has picked up in time.
+    /// Takes back what has waited too long: for a worker, or for one that was free to take it.
     fn take_back(&mut self) {
-        loop {
-            let mut parked = lock(&self.proxy.parked);
-            let late = parked.first_entry().filter(|e| e.get().stream.is_due());
-            let Some(exchange) = late.map(|entry| entry.remove()) else {
-                return;
-            };
-            drop(parked);
-            // Should tiny_http ever lose a head, a new connection serves the next.
-            self.inner = None;
+        while self.queue.front().is_some_and(|e| e.stream.is_due())
+            && let Some(exchange) = self.queue.pop_front()
+        {
             let busy = Reply::new(503, "all workers are busy; raise `workers`, or wait");
-            self.settle(exchange.refuse(busy.retry_after(Duration::from_secs(1))));
+            let busy = busy.retry_after(Duration::from_secs(1));
+            self.settle(exchange.refuse(busy));
+        }
+        while let Some(exchange) = self.proxy.lost() {
+            error!("tiny_http lost a head; its connection is replaced");
+            if let Ok(inner) = UnixStream::connect(self.inner_folder.join("socket")) {
+                self.inner = inner;
+            }
+            self.lent -= 1;
+            self.settle(exchange.refuse(Reply::internal()));
         }
     }
 
     /// Takes a stream back from its exchange.
     fn settle(&mut self, verdict: Verdict) {
-        self.exchanges -= 1;
-        let stopping = self.listener.is_none();
-        let settled = verdict.filter(|stream| !stopping || stream.leaving.is_some());
-        self.visitors.extend(settled.map(Stream::rest));
+        let Some(mut stream) = verdict else { return };
+        if self.listener.is_none() && stream.leaving.is_none() {
+            stream.farewell();
+        }
+        self.visitors.push(stream.rest());
     }
 }
 
@@ -722,17 +746,16 @@ impl Head {
             _ => false,
         }
     }
-
-    /// What tiny_http gets of it, written anew from checked parts. The fields are not read a
-    /// second time: they stay with the exchange that the number stands for.
-    fn line(&self, number: u64) -> String {
-        let (method, target) = (&self.method, &self.target);
-        format!("{method} {target} HTTP/1.1\r\nx-exchange: {number}\r\n\r\n")
-    }
 }
 
 fn path_of(target: &str) -> &str {
     target.split('?').next().unwrap_or_default()
+}
+
+/// What tiny_http gets of a head, written anew from checked parts. The fields are not read a
+/// second time: they stay with the exchange that the number stands for.
+fn inner_head(method: &str, target: &str, number: u64) -> String {
+    format!("{method} {target} HTTP/1.1\r\nx-exchange: {number}\r\n\r\n")
 }
 
 // ─── server ──────────────────────────────────────────────────────────────────────────────────
@@ -749,8 +772,13 @@ struct Proxy {
     ring: UnixStream,
 }
 
-/// Starts tiny_http, listening in the folder that is returned, and the workers.
-fn serve(proxy: &Arc<Proxy>, workers: usize) -> io::Result<PathBuf> {
+/// Starts tiny_http and the workers. Out: the inner connection, proven by a head that a worker has
+/// picked up, and the folder of its socket.
+fn serve(
+    proxy: &Arc<Proxy>,
+    workers: usize,
+    mut bell: &UnixStream,
+) -> io::Result<(UnixStream, PathBuf)> {
     let (listener, folder) = inner_listener(&proxy.config.state_dir)?;
     let server = tiny_http::Server::from_listener(listener, None).map_err(io::Error::other)?;
     let server = Arc::new(server);
@@ -758,7 +786,11 @@ fn serve(proxy: &Arc<Proxy>, workers: usize) -> io::Result<PathBuf> {
         let (server, proxy) = (server.clone(), proxy.clone());
         spawn("worker", move || work(&server, &proxy))?;
     }
-    Ok(folder)
+    let mut inner = UnixStream::connect(folder.join("socket"))?;
+    inner.write_all(inner_head("GET", "/", 0).as_bytes())?;
+    bell.set_read_timeout(Some(PICKUP_TIME))?;
+    bell.read_exact(&mut [0])?;
+    Ok((inner, folder))
 }
 
 /// The inner socket, in a private folder: in `state_dir`, or among the temporary ones where that
@@ -805,9 +837,22 @@ impl Proxy {
         if let Some(exchange) = exchange {
             let answer = AssertUnwindSafe(|| self.answer(&request, exchange));
             let _ = self.verdict.send(catch_unwind(answer).unwrap_or(None));
-            let _ = (&self.ring).write(&[0]);
         }
         drop(request.into_writer());
+        let _ = (&self.ring).write(&[0]);
+    }
+
+    /// When the first of those that are parked has been for too long.
+    fn first_parked(&self) -> Option<Instant> {
+        let parked = lock(&self.parked);
+        parked.values().next().map(|exchange| exchange.stream.due())
+    }
+
+    /// One that no worker has picked up although one was free.
+    fn lost(&self) -> Option<Exchange> {
+        let mut parked = lock(&self.parked);
+        let first = parked.first_entry()?;
+        first.get().stream.is_due().then(|| first.remove())
     }
 
     fn answer(&self, request: &Request, mut exchange: Exchange) -> Verdict {
@@ -880,6 +925,12 @@ impl Exchange {
         }
     }
 
+    /// To be taken by whoever comes next within this time.
+    fn within(mut self, time: Duration) -> Exchange {
+        self.stream.socket.until = Instant::now() + time;
+        self
+    }
+
     fn refuse(self, reply: Reply) -> Verdict {
         self.conclude(Err(reply.into()))
     }
@@ -894,10 +945,12 @@ impl Exchange {
             Err(Fault::Reply(reply)) => {
                 last |= reply.status == 401;
                 let (bytes, length) = reply.to_bytes(self.head.method == "HEAD", last);
-                whole = self.stream.write_piece(&bytes).is_ok();
+                ended = Some(reply.message).filter(|_| reply.status != 200);
+                if let Err(e) = self.stream.write_piece(&bytes) {
+                    (whole, ended) = (false, Some(format!("the client took no reply: {e}")));
+                }
                 (self.status, self.bytes) = (reply.status, length);
                 self.first = Some(self.started.elapsed());
-                ended = Some(reply.message).filter(|_| reply.status != 200);
             }
         }
         self.log(ended);
@@ -2068,7 +2121,7 @@ impl Stream {
     fn rest(mut self) -> Stream {
         let time = match self.leaving {
             Some(_) => LINGER_TIME,
-            None if self.is_shaking() => HEAD_TIME,
+            None if self.is_shaking() || !self.ahead.is_empty() => HEAD_TIME,
             None => IDLE_TIME,
         };
         self.socket.until = Instant::now() + time;
@@ -2127,7 +2180,7 @@ impl Stream {
                 (Ok(1..), None) if begun => {}
                 (Ok(1..), None) => self.socket.until = Instant::now() + HEAD_TIME,
                 (Err(e), _) if e.kind() == ErrorKind::WouldBlock => {
-                    if shaking && !self.is_shaking() {
+                    if shaking && !self.is_shaking() && !begun {
                         self.socket.until = Instant::now() + IDLE_TIME;
                     }
                     return Ok(None);
@@ -2157,10 +2210,12 @@ impl Stream {
 
     fn write_piece(&mut self, piece: &[u8]) -> io::Result<()> {
         self.socket.until = Instant::now() + PIECE_TIME;
-        match &mut self.tls {
-            Some(tls) => rustls::Stream::new(&mut **tls, &mut self.socket).write_all(piece),
-            None => self.socket.write_all(piece),
-        }
+        let Some(tls) = &mut self.tls else {
+            return self.socket.write_all(piece);
+        };
+        let mut tls = rustls::Stream::new(&mut **tls, &mut self.socket);
+        tls.write_all(piece)?;
+        tls.flush() // tells what the write does not: whether all of it has gone out
     }
 
     /// Says that nothing more will be sent. What still comes is drained: a client that is sending

@@ -13,9 +13,13 @@ const LONG: Duration = Duration::from_secs(60);
 
 type Family = fn(&Mux, &Upstream);
 
-const FAMILIES: [(&str, Family); 8] = [
+const FAMILIES: [(&str, Family); 9] = [
     ("heads that stay half", half_sent_heads),
     ("heads that drip", dripped_heads),
+    (
+        "heads that stay half behind a whole one",
+        half_sent_behind_a_whole_one,
+    ),
     ("bodies that never come", bodies_that_never_come),
     ("bodies that drip", dripped_bodies),
     ("chunks that drip", dripped_chunks),
@@ -102,6 +106,18 @@ fn half_sent_heads(mux: &Mux, _: &Upstream) {
     for (number, client) in clients.iter_mut().enumerate() {
         let head = b"POST /claude/v1/messages HTTP/1.1\r\nhost: ai-mux\r\nx-name: value\r\n";
         client.send(&head[..1 + number % (head.len() - 1)]);
+    }
+    assert_served_beside(mux, &clients);
+    assert_408(&mut clients);
+}
+
+fn half_sent_behind_a_whole_one(mux: &Mux, _: &Upstream) {
+    let mut clients = clients(mux, 64);
+    for client in &mut clients {
+        client
+            .request("GET", "/healthz", &[], b"")
+            .send("GET /healthz HTTP/1.1\r\nho");
+        assert_eq!(client.answer().status, 200);
     }
     assert_served_beside(mux, &clients);
     assert_408(&mut clients);

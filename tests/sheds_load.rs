@@ -113,3 +113,37 @@ fn whoever_waits_is_served_as_soon_as_a_worker_is_free() {
     drop((busy, waiting));
     mux.assert_recovered(before, 2);
 }
+
+/// Hour after hour: those that were told so, or went away, leave nothing behind, and the pool is whole when it is free.
+#[test]
+fn a_pool_that_stays_full_keeps_nothing_of_those_it_turned_away() {
+    let (up, go) = two_events();
+    let setup = Setup::new(&up).set("workers", 2);
+    let mux = setup.set("request_timeout", "1s").start();
+    let mut busy = occupy(&mux, 2);
+    let before = mux.footprint();
+    for _ in 0..3 {
+        let mut waiting: Vec<_> = (0..100).map(|_| mux.client()).collect();
+        for client in &mut waiting {
+            client.request("POST", MESSAGES, &[BEARER], b"{}");
+        }
+        let (gone, told) = waiting.split_at_mut(50);
+        gone.iter().for_each(|client| client.wire.cut());
+        for client in told {
+            assert_eq!(client.answer().status, 503);
+        }
+        drop(waiting);
+        mux.assert_settled(before, 0);
+    }
+    go.advance();
+    busy.iter_mut().for_each(assert_whole);
+    let (mut one, mut other) = (mux.client(), mux.client());
+    for client in [&mut one, &mut other] {
+        client.request("POST", MESSAGES, &[BEARER], b"{}");
+    }
+    assert_eq!(
+        (one.answer().text(), other.answer().text()),
+        ("fine", "fine")
+    );
+    assert_eq!(up.requests().len(), 4);
+}

@@ -205,6 +205,13 @@ fn events_until_gone(conn: &mut Conn) -> io::Result<usize> {
 
 #[test]
 fn a_client_that_goes_away_drops_the_upstream() {
+    let authority = Authority::new();
+    for tls in [None, Some(&authority)] {
+        assert_dropped(tls);
+    }
+}
+
+fn assert_dropped(tls: Option<&Authority>) {
     let (gone, taken) = (Steps::default(), Steps::default());
     let (go, told) = (gone.clone(), taken.clone());
     let up = Upstream::start(move |_, conn| {
@@ -215,8 +222,15 @@ fn a_client_that_goes_away_drops_the_upstream() {
         (0..count).for_each(|_| told.advance());
         conn.cut()
     });
-    let mux = Mux::start(&up);
-    let mut client = mux.client();
+    let setup = Setup::new(&up);
+    let mux = match tls {
+        None => setup.start(),
+        Some(authority) => setup.tls(authority).start(),
+    };
+    let mut client = match tls {
+        None => mux.client(),
+        Some(authority) => Client::tls(mux.addr, authority),
+    };
     client.request("POST", MESSAGES, &[BEARER], b"{}");
     client.head();
     assert_eq!(client.text(), "data: 0\n\n");

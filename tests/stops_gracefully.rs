@@ -2,6 +2,7 @@
 
 mod common;
 use common::*;
+use rustix::net::sockopt;
 use std::net::TcpStream;
 use std::thread;
 use std::time::Duration;
@@ -105,4 +106,31 @@ fn with_nothing_to_do_it_ends_at_once() {
     assert_eq!(mux.message().status, 200);
     assert_eq!(mux.stop(), 0);
     assert_eq!(mux.log_lines("ERROR").len(), 0);
+}
+
+/// A request that it will not read any more must not cost the answer before it: were the socket closed with
+/// that unread, the kernel would reset the connection.
+#[test]
+fn a_request_behind_the_running_one_costs_no_answer() {
+    const SIZE: usize = 300_000;
+    let go = Steps::default();
+    let held = go.clone();
+    let up = Upstream::start(move |_, conn| {
+        held.wait(1);
+        conn.respond(200, &[], &[b'x'; SIZE])
+    });
+    let mut mux = Mux::start(&up);
+    let mut client = mux.client();
+    sockopt::set_socket_recv_buffer_size(client.wire.socket(), 4096).expect("a small buffer");
+    client.request("POST", MESSAGES, &[BEARER], b"{}");
+    up.wait(1, |_| true);
+    client.request("GET", "/healthz", &[], b"");
+    mux.signal(Signal::TERM);
+    mux.wait_log("stopping");
+    go.advance();
+    mux.wait_log(&format!("bytes={SIZE}"));
+    assert_eq!(mux.wait_exit(), 0);
+    let answer = client.answer();
+    assert_eq!((answer.status, answer.body.len()), (200, SIZE));
+    assert!(client.closed());
 }

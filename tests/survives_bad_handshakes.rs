@@ -106,3 +106,34 @@ fn stalled_handshakes_keep_nobody_out_at_the_cap() {
     served(&mux, &authority);
     mux.assert_settled(before, 4);
 }
+
+/// What comes with the last of the handshake is looked at as if it came alone.
+#[test]
+fn a_head_or_half_of_one_in_the_same_flight() {
+    let authority = Authority::new();
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).tls(&authority).start();
+    let head = b"GET /healthz HTTP/1.1\r\nhost: ai-mux\r\n\r\n";
+    for (early, status) in [(&head[..], 200), (&head[..20], 408)] {
+        let wire = authority.connect_with(mux.addr, rustls::ALL_VERSIONS, early);
+        let mut client = Client::on(wire.expect("a handshake"));
+        assert_eq!(client.answer().status, status);
+    }
+}
+
+/// What the gate itself answers is bounded by what a client takes.
+#[test]
+fn one_that_asks_and_asks_and_never_reads_is_let_go() {
+    let authority = Authority::new();
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).tls(&authority).start();
+    let before = mux.footprint();
+    let mut client = Client::tls(mux.addr, &authority);
+    let head = "GET /healthz HTTP/1.1\r\nhost: ai-mux\r\n\r\n";
+    let socket = client.wire.socket().try_clone().expect("clone a socket");
+    let asked = (0..100_000).take_while(|_| client.wire.send(head.as_bytes()).is_ok());
+    assert!(asked.count() < 100_000, "answers pile up for ever");
+    drop((client, socket));
+    served(&mux, &authority);
+    mux.assert_settled(before, 1);
+}

@@ -13,7 +13,6 @@ pub struct Admitted {
     pub length: Length,
     pub expect: bool,
     pub close: bool,
-    head: Head,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,7 +25,7 @@ pub enum Length {
 impl Admitted {
     /// What the gate writes to tiny_http for this head.
     pub fn line(&self, number: u64) -> Vec<u8> {
-        self.head.line(number).into_bytes()
+        inner_head(&self.method, &self.target, number).into_bytes()
     }
 }
 
@@ -56,7 +55,6 @@ pub fn head(bytes: &[u8]) -> Result<Option<(Admitted, usize)>, u16> {
             },
             expect: head.expect && head.has_body(),
             close: !head.stays,
-            head,
         };
         (admitted, bytes.len() - stream.ahead.len())
     }))
