@@ -436,7 +436,6 @@ in
         StateDirectoryMode = "0700";
         ReadWritePaths = lib.optional elsewhere settings.state_dir;
         UMask = "0077";
-        Environment = "MALLOC_ARENA_MAX=2"; # else glibc keeps an arena for each of the many threads
 
         AmbientCapabilities = capability;
         CapabilityBoundingSet = capability;
