@@ -1711,6 +1711,13 @@ fn agent(config: &Config, url: &str) -> Result<AgentConfig, Error> {
 
 type AgentConfig = ureq::config::ConfigBuilder<ureq::typestate::AgentScope>;
 
+/// Through the proxy, if there is one, over our own wire; `idle` is the longest silence in a body.
+fn connected(config: ureq::config::Config, idle: Duration) -> ureq::Agent {
+    let proxied = ().chain(SocksConnector::default()).chain(ConnectProxyConnector::default());
+    let connector = proxied.chain(Dial(idle)).chain(RustlsConnector::default());
+    ureq::Agent::with_parts(config, connector, DefaultResolver::default())
+}
+
 /// The certificates in a PEM file, one at least.
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let failed = |why: &dyn Display| format!("{}: {why}", path.display());
@@ -1745,7 +1752,9 @@ impl Upstream {
         let (provider, time) = (settings.provider, Some(config.request_timeout));
         let base_url = settings.base_url.unwrap_or(provider.base_url.into());
         let token_url = settings.token_url.unwrap_or(provider.token_url.into());
-        let calls = agent(config, &token_url)?.max_idle_connections(0);
+        let calls = agent(config, &token_url)?
+            .timeout_global(Some(TOKEN_TIME))
+            .max_idle_connections(0);
         // An address needs no resolver, whose time limit costs a thread a request.
         let named = base_url.parse().is_ok_and(|uri| address_of(&uri).is_none());
         let requests = agent(config, &base_url)?
@@ -1757,20 +1766,16 @@ impl Upstream {
             .timeout_per_read(Some(config.stream_idle_timeout.max(config.request_timeout)))
             .max_idle_connections(config.workers.get().into())
             .max_idle_connections_per_host(config.workers.get().into());
-        let proxied = ().chain(SocksConnector::default()).chain(ConnectProxyConnector::default());
-        let dial = Dial(config.stream_idle_timeout);
-        let connector = proxied.chain(dial).chain(RustlsConnector::default());
-        let resolver = DefaultResolver::default();
         Ok(Upstream {
             provider,
             base_url,
             headers: settings.headers,
-            agent: ureq::Agent::with_parts(requests.build(), connector, resolver),
+            agent: connected(requests.build(), config.stream_idle_timeout),
             credential: Arc::new(Credential {
                 provider,
                 path: provider.path(&config.state_dir),
                 token_url,
-                agent: calls.timeout_global(Some(TOKEN_TIME)).build().new_agent(),
+                agent: connected(calls.build(), TOKEN_TIME),
                 interval: config.refresh_check_interval,
                 state: Mutex::default(),
                 changed: Condvar::new(),
@@ -2516,11 +2521,12 @@ impl Config {
     }
 
     fn read(mut file: Mapping) -> Result<Config, String> {
+        let parse = |fields| serde_path_to_error::deserialize::<_, Config>(Yaml::Mapping(fields));
         // No value is as good as no field, and a provider may be just its name.
         let unknown = |name: &Yaml| {
             let field = Mapping::from_iter([(name.clone(), Yaml::Null)]);
-            let tried = serde_yaml::from_value::<Config>(field.into());
-            tried.is_err_and(|e| e.to_string().starts_with("unknown field"))
+            let tried = parse(field).err();
+            tried.is_some_and(|e| e.inner().to_string().starts_with("unknown field"))
         };
         file.retain(|name, value| !value.is_null() || unknown(name));
         let providers = file.get_mut("providers").and_then(Yaml::as_sequence_mut);
@@ -2528,8 +2534,7 @@ impl Config {
             let name = std::mem::take(entry);
             *entry = Mapping::from_iter([("name".into(), name)]).into();
         }
-        let config = serde_path_to_error::deserialize(Yaml::from(file));
-        let config: Config = config.map_err(field_error)?;
+        let config = parse(file).map_err(field_error)?;
         config.check().map(|()| config)
     }
 
