@@ -2749,13 +2749,22 @@ fn proxy<'de, D: Deserializer<'de>>(from: D) -> Result<Option<ureq::Proxy>, D::E
         from,
         "http://HOST:PORT, socks5://HOST:PORT or the like",
         |text: String| {
-            let uri: http::Uri = text.parse().ok()?;
-            let (authority, host) = (uri.authority()?.as_str(), uri.host()?);
-            let ported = uri.port_u16().is_some() || authority.ends_with(host);
-            let whole = uri.scheme().is_some() && !host.is_empty() && ported;
-            ureq::Proxy::new(&text).ok().filter(|_| whole).map(Some)
+            whole_uri(&text)
+                .and_then(|_| ureq::Proxy::new(&text).ok())
+                .map(Some)
         },
     )
+}
+
+/// A URL with scheme and host, and with a port that is one, if any.
+fn whole_uri(text: &str) -> Option<http::Uri> {
+    let uri: http::Uri = text.parse().ok()?;
+    let (authority, host) = (uri.authority()?.as_str(), uri.host()?);
+    let ported = uri
+        .port_u16()
+        .map_or(authority.ends_with(host), |port| port > 0);
+    let whole = uri.scheme().is_some() && !host.is_empty() && ported;
+    whole.then_some(uri)
 }
 
 fn provider<'de, D: Deserializer<'de>>(from: D) -> Result<&'static Provider, D::Error> {
@@ -2765,12 +2774,13 @@ fn provider<'de, D: Deserializer<'de>>(from: D) -> Result<&'static Provider, D::
 
 fn headers<'de, D: Deserializer<'de>>(from: D) -> Result<HeaderMap, D::Error> {
     let mut headers = HeaderMap::new();
-    for (name, value) in HashMap::<String, String>::deserialize(from)? {
+    let found = Option::<HashMap<String, String>>::deserialize(from)?;
+    for (name, value) in found.unwrap_or_default() {
         let key = HeaderName::try_from(&name).ok();
-        let key = key.filter(|key| !is_reserved(key.as_str()));
+        let key = key.filter(|key| !is_reserved(key.as_str()) && !headers.contains_key(key));
         let Some((key, value)) = key.zip(HeaderValue::from_str(&value).ok()) else {
             let name = name.split(':').next().unwrap_or_default();
-            let right = "a header that may be set, with a value in ASCII";
+            let right = "a header that may be set, once, with a value in ASCII";
             return Err(D::Error::custom(format!("{name:?} is not {right}")));
         };
         headers.insert(key, value);
@@ -2780,13 +2790,14 @@ fn headers<'de, D: Deserializer<'de>>(from: D) -> Result<HeaderMap, D::Error> {
 
 fn url<'de, D: Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
     let right = "https://HOST/PATH, or http:// to a loopback address; no user, no query";
-    checked(from, right, |text: String| {
-        let uri: http::Uri = text.parse().ok()?;
+    checked(from, right, |text: Option<String>| {
+        let Some(text) = text else { return Some(None) };
+        let uri = whole_uri(&text)?;
         let safe = match uri.scheme_str()? {
             "http" => is_loopback(&uri),
             scheme => scheme == "https",
         };
-        let plain = !uri.host()?.is_empty() && !text.contains(['@', '?', '#']);
+        let plain = !text.contains(['@', '?', '#']);
         (safe && plain).then(|| Some(text.trim_end_matches('/').to_owned()))
     })
 }

@@ -79,6 +79,18 @@ const TABLE: &[(&str, &[&str])] = &[
         &["base_url", "ftp", "https"],
     ),
     (
+        "providers: [{name: claude, base_url: 'https://example.org:99999'}]",
+        &["base_url", "99999"],
+    ),
+    (
+        "providers: [{name: claude, base_url: 'https://example.org:'}]",
+        &["base_url"],
+    ),
+    (
+        "providers: [{name: claude, token_url: 'https://example.org:0'}]",
+        &["token_url"],
+    ),
+    (
         "providers: [{name: claude, token_url: 'http://example.org/token'}]",
         &["token_url", "https"],
     ),
@@ -94,6 +106,10 @@ const TABLE: &[(&str, &[&str])] = &[
     (
         "providers: [{name: claude, headers: {'': b}}]",
         &["headers"],
+    ),
+    (
+        "providers: [{name: claude, headers: {x-a: b, X-A: c}}]",
+        &["headers", "once"],
     ),
     ("users: alice", &["users"]),
     ("users: [alice]", &["users"]),

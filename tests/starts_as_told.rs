@@ -82,6 +82,20 @@ fn json_and_yaml_say_the_same() {
 }
 
 #[test]
+fn a_field_without_a_value_is_as_good_as_none() {
+    let up = Upstream::plain();
+    let mut setup = Setup::new(&up).provider(0, "headers", Value::Null);
+    setup.config["proxy"] = Value::Null;
+    setup.config["tls"] = Value::Null;
+    setup.config["users"][0]["token_file"] = Value::Null;
+    let text = serde_yaml::to_string(&setup.config).expect("YAML");
+    assert_eq!(text.matches("null").count(), 4, "{text}");
+    assert_eq!(setup.start().message().text(), "fine");
+    let setup = Setup::new(&up).provider(0, "token_url", Value::Null);
+    assert_eq!(setup.start().message().text(), "fine");
+}
+
+#[test]
 fn every_form_of_a_duration() {
     let up = Upstream::plain();
     for value in [
