@@ -1109,7 +1109,7 @@ type Failure = (String, Option<Instant>);
 /// How refreshing the present login went so far.
 #[derive(Default)]
 struct Refresh {
-    succeeded: Option<Instant>,
+    succeeded: Option<SystemTime>,
     /// The last wait after a failure.
     backoff: Duration,
     failure: Option<Failure>,
@@ -1148,7 +1148,8 @@ impl State {
     /// A refresh token that is younger was not worth spending.
     fn is_young(&self) -> bool {
         let age = self.refresh.succeeded.map(|at| at.elapsed());
-        age.is_some_and(|age| age < TOKEN_MARGIN)
+        age.and_then(Result::ok)
+            .is_some_and(|age| age < TOKEN_MARGIN)
     }
 
     /// The token, if it must be refreshed, `margin` before its end, and may be now.
@@ -1179,10 +1180,13 @@ impl Credential {
     /// first who finds it ageing waits too, while the others use it.
     fn token(&self) -> Result<Token, Reply> {
         let mut state = self.look(false);
-        if let Some(old) = state.due(TOKEN_MARGIN, None)
-            && (state.asked == state.done || !old.lasts(Duration::ZERO))
-        {
-            state = self.ask(state);
+        // Once more, if the login that wins over a refresh is due itself.
+        for _ in 0..2 {
+            if let Some(old) = state.due(TOKEN_MARGIN, None)
+                && (state.asked == state.done || !old.lasts(Duration::ZERO))
+            {
+                state = self.ask(state);
+            }
         }
         let dead = |why: &str| Reply::new(503, format!("ai-mux has no login to use: {why}"));
         let usable = |t: &&Token| t.lasts(Duration::ZERO) || state.is_young();
@@ -1211,8 +1215,9 @@ impl Credential {
 
     fn is_ready(&self) -> bool {
         let state = self.look(false);
+        let fine = state.refresh.failure.is_none();
         let dead = matches!(state.refresh.failure, Some((_, None)));
-        let usable = |t: &Token| t.refresh.is_some() || t.lasts(Duration::ZERO);
+        let usable = |t: &Token| t.lasts(Duration::ZERO) || t.refresh.is_some() && fine;
         !dead && state.token.as_ref().is_some_and(usable)
     }
 
@@ -1347,15 +1352,14 @@ impl Credential {
         let mut state = self.look(saved.is_ok());
         // Unless a login of the file's own, or a log-out, has won.
         if let (Err(why), Some(_)) = (saved, &state.refresh.unsaved) {
-            error!("{name}: {why}; the new login is in memory only, and will be written again");
+            error!("{name}: {why}; the new login is in memory only");
             state.token = Some(new.clone());
-            if fresh {
-                (state.refresh.backoff, state.refresh.failure) = (Duration::ZERO, None);
-            }
+            let why = "the new login is not on disk yet";
+            self.fail(&mut state.refresh, why.into(), Some(Duration::ZERO));
         }
         let ours = |token: &Token| token.access == new.access;
         if fresh && state.token.as_ref().is_some_and(ours) {
-            state.refresh.succeeded = Some(Instant::now());
+            state.refresh.succeeded = Some(SystemTime::now());
         }
     }
 
@@ -1367,7 +1371,8 @@ impl Credential {
             self.provider.edit(&mut json, new);
             draft.publish(&json, read).map_err(failed)?;
         }
-        lock(&self.state).refresh.unsaved = None;
+        let refresh = &mut lock(&self.state).refresh;
+        (refresh.unsaved, refresh.failure) = (None, None);
         Ok(())
     }
 
@@ -1421,7 +1426,11 @@ impl Credential {
         let user = rustix::process::geteuid().as_raw();
         let failed = |e: io::Error| match e.kind() {
             kind @ ErrorKind::NotFound => self.lack(kind, "is not there"),
-            kind => self.lack(kind, &format!("cannot be read by user {user}: {e}")),
+            kind => {
+                let folder = self.folder();
+                let what = format!("cannot be read by user {user}: {e} (chown -R {user} {folder})");
+                self.lack(kind, &what)
+            }
         };
         let meta = fs::metadata(&self.path).map_err(failed)?;
         if meta.uid() != user {
@@ -1521,8 +1530,9 @@ fn secret(value: &Value) -> Option<Secret> {
 /// if it is nothing that looks like one.
 fn error_word(json: &Value) -> &str {
     let error = json.get("error").unwrap_or(json);
-    let word = error.get("code").or(error.get("type")).unwrap_or(error);
-    let word = word.as_str().filter(|w| w.len() <= 64).unwrap_or_default();
+    let words = [&error["code"], &error["type"], error];
+    let word = words.into_iter().find_map(Value::as_str);
+    let word = word.filter(|w| w.len() <= 64).unwrap_or_default();
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
     if word.bytes().all(plain) { word } else { "" }
 }

@@ -3,8 +3,9 @@
 mod common;
 use common::*;
 use std::fs;
-use std::os::unix::fs::{chown, symlink};
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
 
 fn file(mux: &Mux) -> PathBuf {
     login::path(&mux.state(), "claude")
@@ -41,6 +42,22 @@ fn replaced_whole_or_rewritten_in_place() {
         assert_eq!(used(&up, &mux), rewritten.access);
     }
     assert_eq!(up.refreshes().len(), 0);
+}
+
+/// One that lay still for a minute is not read at each request; when it looks different, it is.
+#[test]
+fn replaced_after_it_lay_still_for_a_while() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    for _ in 0..3 {
+        let new = up.login("claude", 3600);
+        login::save(&mux.state(), "claude", &new.claude());
+        let still = SystemTime::now() - Duration::from_secs(60);
+        let file = fs::File::options().write(true).open(file(&mux));
+        file.and_then(|file| file.set_modified(still))
+            .expect("set a time");
+        assert_eq!(used(&up, &mux), new.access);
+    }
 }
 
 /// The same inode, the same size, and often the same tick of the clock that stamps files.
@@ -236,7 +253,6 @@ fn an_expired_file_that_wins_is_refreshed() {
         Ok(false)
     });
     login::save(&mux.state(), "claude", &up.login("claude", -10).claude());
-    let _ = mux.message();
     assert_ne!(used(&up, &mux), winner.access);
     assert_eq!((up.refreshes().len(), up.reused()), (2, 0));
 }
@@ -299,4 +315,18 @@ fn a_log_out_that_is_seen_during_a_refresh_wins() {
     assert_eq!(client.answer().status, 503);
     assert_down(&mux, "logged out");
     assert!(!file(&mux).exists());
+}
+
+#[test]
+fn a_folder_that_is_closed_to_it_is_told_with_the_remedy() {
+    let up = Upstream::plain();
+    let setup = Setup::new(&up).unprivileged();
+    let folder = setup.state().join("claude");
+    let allow = |mode| fs::set_permissions(&folder, fs::Permissions::from_mode(mode));
+    allow(0o000).expect("chmod");
+    let mux = setup.start();
+    let message = assert_down(&mux, "closed");
+    assert!(message.contains("chown"), "{message}");
+    allow(0o700).expect("chmod");
+    assert_eq!(mux.message().status, 200);
 }

@@ -498,6 +498,13 @@ fn a_clock_that_jumps() {
     jump("+0");
     assert_eq!(ask(), second);
     assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+    jump("+20h");
+    let third = ask();
+    assert_ne!(
+        third, second,
+        "asleep for longer than it lasts, right after a refresh"
+    );
+    assert_eq!((up.refreshes().len(), up.reused()), (2, 0));
     let [saved, _] = tokens("claude", &login::read(&mux.state(), "claude"));
-    assert_eq!(saved, second);
+    assert_eq!(saved, third);
 }

@@ -92,6 +92,15 @@ fn what_could_not_be_written_is_written_at_the_next_look() {
     wait_until_saved(&up, &mux);
 }
 
+/// Not only then, when that is minutes away: until it is on disk, a crash would lose the login.
+#[test]
+fn what_could_not_be_written_is_tried_again_soon() {
+    let up = Upstream::plain();
+    let mux = unsaved(&up, Setup::new(&up).set("refresh_check_interval", "30m"));
+    allow(&mux.state().join("claude"), 0o700);
+    wait_until_saved(&up, &mux);
+}
+
 #[test]
 fn what_could_not_be_written_is_written_at_shutdown() {
     let up = Upstream::plain();

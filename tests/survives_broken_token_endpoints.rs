@@ -241,3 +241,20 @@ fn a_stalled_refresh_under_load() {
     assert_eq!(up.refreshes().len(), 1);
     mux.assert_recovered(before, 64);
 }
+
+/// Ready is who can serve: not one whose token has ended and cannot be renewed for now.
+#[test]
+fn health_tells_who_cannot_serve_for_now() {
+    let up = Upstream::plain();
+    up.on_refresh(|_, conn| conn.respond(500, &[], b"").map(|()| true));
+    let setup = Setup::new(&up).save("claude", &up.login("claude", -10).claude());
+    let mux = setup
+        .save("chatgpt", &up.login("chatgpt", 300).codex())
+        .start();
+    mux.wait_log_times("next try", 2);
+    assert_eq!(mux.message().status, 503);
+    assert_eq!(mux.ask("POST", RESPONSES, &[], b"{}").status, 200);
+    let health = mux.client().request("GET", "/healthz", &[], b"").answer();
+    let ready = json!({"claude": "unavailable", "chatgpt": "ready"});
+    assert_eq!(health.json()["providers"], ready);
+}

@@ -41,6 +41,11 @@ fn a_login_that_is_over_is_told_once_and_asked_for_no_more() {
         ("chatgpt", 401, terminal("refresh_token_reused")),
         ("chatgpt", 401, terminal("refresh_token_invalidated")),
         ("chatgpt", 400, terminal("refresh_token_reused")),
+        (
+            "chatgpt",
+            400,
+            json!({"error": {"code": null, "type": "invalid_grant", "message": WORDS}}),
+        ),
     ];
     at_once(cases, |(provider, status, body)| {
         let case = format!("{provider} {status} {body}");
