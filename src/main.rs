@@ -1679,7 +1679,7 @@ impl Provider {
             // Tools that share the file need a time: an hour, where nobody told one.
             let at = token.expires.unwrap_or(now + Duration::from_secs(3600));
             let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
-            let in_seconds = old.as_f64().is_some_and(|old| old <= 1e11);
+            let in_seconds = old.as_f64().is_some_and(|old| (1.0..=1e11).contains(&old));
             let unit = if in_seconds { 1000 } else { 1 };
             *old = (since.as_millis() as u64 / unit).into();
         }
@@ -1694,14 +1694,22 @@ fn agent(config: &Config, url: &str) -> Result<AgentConfig, Error> {
         let owned = |der| ureq::tls::Certificate::from_der(der).to_owned();
         roots = found.iter().map(|der| owned(der)).into();
     }
+    let uri: Option<http::Uri> = url.parse().ok();
     let mut proxy = config.proxy.clone();
     let names = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"];
     let set = |name: &&str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     if let (None, Some(name)) = (&proxy, names.into_iter().find(set)) {
         let wrong = || Error::start(format!("{name} (not shown)"), "expected a proxy's URL");
-        proxy = Some(ureq::Proxy::try_from_env().ok_or_else(wrong)?);
+        let found = std::env::var(name).ok();
+        let found = found.and_then(|text| ureq::Proxy::new(&text).ok());
+        // What ureq itself would take knows NO_PROXY.
+        let (known, uri) = (ureq::Proxy::try_from_env(), uri.as_ref());
+        let direct = known
+            .zip(uri)
+            .is_some_and(|(proxy, uri)| proxy.is_no_proxy(uri));
+        proxy = Some(found.ok_or_else(wrong)?).filter(|_| !direct);
     }
-    let loopback = url.parse().is_ok_and(|uri| is_loopback(&uri));
+    let loopback = uri.as_ref().is_some_and(is_loopback);
     let tls = ureq::tls::TlsConfig::builder().root_certs(roots);
     Ok(ureq::Agent::config_builder()
         .tls_config(tls.build())
@@ -2437,7 +2445,7 @@ fn broken_off(e: io::Error) -> Fault {
 /// the end of the connection is the end of a body without a size.
 fn answer_head(parts: &http::response::Parts, bodyless: bool, asked: &mut Head) -> (Vec<u8>, bool) {
     let headers = &parts.headers;
-    let sized = headers.contains_key(CONTENT_LENGTH) && !headers.contains_key(TRANSFER_ENCODING);
+    let sized = matches!(Framing::of(headers), Ok(Framing::Sized(_)));
     let chunked = !sized && !bodyless && !asked.http10;
     asked.stays &= sized || bodyless || chunked;
     let reason = parts.status.canonical_reason().unwrap_or_default();

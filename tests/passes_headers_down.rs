@@ -228,3 +228,16 @@ fn a_large_head_behind_a_stream() {
     }
     assert_eq!(up.connections(), 1);
 }
+
+/// A length that is said twice would be read in two ways by some.
+#[test]
+fn a_length_that_is_said_twice_is_not_passed_on() {
+    let up = Upstream::start(|_, conn| {
+        conn.head(200, &[("content-length", "4"), ("content-length", "4")])?;
+        conn.wire.send(b"fine")
+    });
+    let mux = Mux::start(&up);
+    let answer = mux.message();
+    assert_eq!(answer.text(), "fine");
+    assert!(answer.head.all("content-length").len() < 2);
+}

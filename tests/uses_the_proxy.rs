@@ -185,6 +185,17 @@ fn the_configuration_wins_over_the_environment() {
     assert_eq!(other.asked().len(), 0);
 }
 
+/// As curl has it: the more special one wins.
+#[test]
+fn https_proxy_wins_over_all_proxy() {
+    let (far, _near, proxy, setup) = far_away("upstream.test");
+    let setup = setup.env("ALL_PROXY", "http://127.0.0.1:1");
+    let mux = setup
+        .env("HTTPS_PROXY", format!("http://{}", proxy.addr))
+        .start();
+    assert_proxied(&far, &proxy, &mux, "CONNECT upstream.test:443");
+}
+
 #[test]
 fn no_proxy_is_obeyed() {
     let (_far, _near, proxy, setup) = far_away("upstream.test");
