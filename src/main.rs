@@ -479,6 +479,7 @@ impl Gate {
     /// Takes a stream back from its exchange.
     fn settle(&mut self, verdict: Verdict) {
         let Some(mut stream) = verdict else { return };
+        stream.socket.waits = false;
         if self.listener.is_none() && stream.leaving.is_none() {
             stream.farewell();
         }
@@ -943,7 +944,10 @@ impl Exchange {
             Ok(()) => {}
             Err(Fault::Broken(why)) => (whole, ended) = (false, Some(why)),
             Err(Fault::Reply(reply)) => {
-                last |= reply.status == 401;
+                if reply.status == 401 {
+                    // No worker waits for somebody without a token.
+                    (last, self.stream.socket.waits) = (true, false);
+                }
                 let (bytes, length) = reply.to_bytes(self.head.method == "HEAD", last);
                 ended = Some(reply.message).filter(|_| reply.status != 200);
                 if let Err(e) = self.stream.write_piece(&bytes) {
@@ -2170,9 +2174,16 @@ impl Stream {
     }
 
     fn receive(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        match &mut self.tls {
-            Some(tls) => rustls::Stream::new(&mut **tls, &mut self.socket).read(out),
-            None => self.socket.read(out),
+        let Some(tls) = &mut self.tls else {
+            return self.socket.read(out);
+        };
+        // Not rustls::Stream: it reads on for as long as records without data come.
+        loop {
+            tls.complete_io(&mut self.socket)?;
+            match tls.reader().read(out) {
+                Err(e) if e.kind() == ErrorKind::WouldBlock && self.socket.waits => {}
+                outcome => return outcome,
+            }
         }
     }
 
@@ -2184,11 +2195,11 @@ impl Stream {
         Ok(count)
     }
 
-    /// Reads on in the gate: the next head, once it is whole.
+    /// Reads on in the gate, for one turn: the next head, once it is whole.
     fn read_on(&mut self) -> Result<Option<Head>, Fault> {
         let shaking = self.is_shaking();
         self.fresh = false;
-        loop {
+        for _ in 0..2 {
             if self.leaving.is_none()
                 && let Some(head) = self.head()?
             {
@@ -2215,6 +2226,8 @@ impl Stream {
                 _ => return Err(Fault::Broken("it has ended".into())),
             }
         }
+        self.fresh = true;
+        Ok(None)
     }
 
     /// The head at the start of what was read ahead, once it is whole.
@@ -2400,6 +2413,9 @@ fn relay(answer: Answer, exchange: &mut Exchange) -> Outcome {
         exchange.stream.peer,
         shown(&parts.headers)
     );
+    if parts.status.is_informational() {
+        return Err(Reply::new(502, "upstream answered 101, which nobody asked for").into());
+    }
     exchange.status = parts.status.as_u16();
     let request_id = parts.headers.get("request-id");
     exchange.request_id = request_id.or(parts.headers.get("x-request-id")).cloned();

@@ -304,3 +304,18 @@ fn a_slow_head_is_not_cut_by_a_short_stream_idle_timeout() {
     let mux = setup.set("request_timeout", "30s").start();
     assert_eq!(mux.message().status, 200);
 }
+
+/// Nobody asked for another protocol, and what would come is no answer.
+#[test]
+fn a_switch_of_protocols_is_502() {
+    let up = Upstream::start(|_, conn| {
+        conn.head(101, &[("connection", "upgrade"), ("upgrade", "x")])?;
+        conn.wire.send(b"0123")
+    });
+    let mux = Mux::start(&up);
+    for _ in 0..2 {
+        let answer = mux.message();
+        assert_eq!(answer.status, 502);
+        answer.error();
+    }
+}
