@@ -2152,7 +2152,9 @@ impl Stream {
             None => IDLE_TIME,
         };
         self.socket.until = Instant::now() + time;
-        (self.socket.waits, self.fresh) = (false, true);
+        // Of what is here already, the socket does not tell.
+        self.fresh = self.tls.is_some() || !self.ahead.is_empty();
+        self.socket.waits = false;
         self
     }
 
