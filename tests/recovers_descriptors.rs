@@ -98,6 +98,9 @@ fn a_request_that_needs_one_more_fails_alone() {
 fn the_first_request_of_all_needs_no_more_than_another() {
     let up = Upstream::plain();
     let mux = Setup::new(&up).set("workers", 4).start();
+    // The looks at start, which open a file too, are over.
+    mux.wait_log("claude: login read");
+    mux.wait_log("chatgpt: login read");
     let mut client = mux.client();
     assert_eq!(
         client.request("GET", "/healthz", &[], b"").answer().status,
