@@ -93,25 +93,6 @@ fn a_request_that_needs_one_more_fails_alone() {
     mux.assert_recovered(before, 4);
 }
 
-/// All that the first request needs is one for its file, and then for upstream.
-#[test]
-fn the_first_request_of_all_needs_no_more_than_another() {
-    let up = Upstream::plain();
-    let mux = Setup::new(&up).set("workers", 4).start();
-    // The looks at start, which open a file too, are over.
-    mux.wait_log("claude: login read");
-    mux.wait_log("chatgpt: login read");
-    let mut client = mux.client();
-    assert_eq!(
-        client.request("GET", "/healthz", &[], b"").answer().status,
-        200
-    );
-    let old = mux.limit_descriptors(mux.footprint().descriptors as u64 + 1);
-    let answer = client.request("POST", MESSAGES, &[BEARER], b"{}").answer();
-    assert_eq!(answer.text(), "fine");
-    mux.limit_descriptors(old);
-}
-
 /// What waits for many descriptors at once has a limit too.
 #[test]
 fn when_there_are_more_than_may_be_the_idle_ones_make_room() {
