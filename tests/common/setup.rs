@@ -3,12 +3,13 @@
 use super::mux::Mux;
 use super::upstream::{Shared, Upstream};
 use super::{Authority, Folder, PATIENCE, TOKEN, Value, binary, json, login};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{MetadataExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use std::{fs, io, thread};
 
@@ -153,8 +154,7 @@ impl Setup {
 
     /// Starts it when its log may be too quiet to say where it listens.
     pub fn start_unheard(self) -> Mux {
-        let free = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr());
-        let addr = free.expect("a free port");
+        let addr = free_address();
         let mut mux = self.set("listen", addr.to_string()).spawn();
         mux.addr = addr;
         let deadline = Instant::now() + PATIENCE;
@@ -170,6 +170,18 @@ impl Setup {
         let mut mux = self.spawn();
         (mux.wait_exit(), mux.whole_log())
     }
+}
+
+/// Below the ports that the kernel gives out by itself: one of those might be another test's before it is used.
+fn free_address() -> SocketAddr {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let ports = (0..12_000).map(|_| {
+        let next = NEXT.fetch_add(1, Ordering::Relaxed);
+        20_000 + (std::process::id() * 8 + next) % 12_000
+    });
+    let addrs = ports.map(|port| SocketAddr::from(([127, 0, 0, 1], port as u16)));
+    let mut free = addrs.filter(|addr| TcpListener::bind(addr).is_ok());
+    free.next().expect("a free port")
 }
 
 pub const NOBODY: u32 = 65534;
