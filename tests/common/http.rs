@@ -78,7 +78,12 @@ impl Wire {
     /// Reads once. False at the end of the stream.
     fn fill(&mut self) -> io::Result<bool> {
         let mut piece = [0; 64 * 1024];
-        let n = self.io.read(&mut piece)?;
+        let n = loop {
+            match self.io.read(&mut piece) {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                read => break read?,
+            }
+        };
         self.ahead.extend_from_slice(&piece[..n]);
         Ok(n > 0)
     }
