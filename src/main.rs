@@ -3,7 +3,7 @@
 //! keeps that one fresh and safely on disk, and streams the answer back as it comes.
 //!
 //! ```text
-//! client ══ TCP/TLS ══> gate ── request line ──> tiny_http ── queue ──> worker ──> ureq ══> upstream
+//! client ══ TCP/TLS ══> gate, queue ── request line ──> tiny_http ──> worker ──> ureq ══> upstream
 //!    ^                   │     over the inner connection                   │
 //!    │                   └─ parks the exchange ─────────────────────────> takes it: token, body,
 //!    └──────────────────────── answer, piece by piece ─────────────────── then gives the stream back
@@ -13,10 +13,10 @@
 //!
 //! The **gate** is one thread that meets all clients: it takes in what they send without waiting
 //! for any one of them, and refuses what is malformed or ambiguous. A whole head becomes an
-//! **exchange**, which it *parks* under a number. The request line and that number go to tiny_http
-//! over the **inner connection**; tiny_http queues them and hands them to the **workers**, a fixed
-//! pool, but never meets the network, where it has no deadlines, hangs under a burst, and aborts on
-//! an absurd length. The worker takes the exchange, and now waits as long as it must: it alone
+//! **exchange**, which waits in its queue until one of the **workers**, a fixed pool, is free. Then
+//! it is *parked* under a number, and the request line and that number go over the **inner
+//! connection** to tiny_http, which hands them to the worker, but never meets the network, where it
+//! has no deadlines, hangs under a burst, and aborts on an absurd length. The worker takes the exchange, and now waits as long as it must: it alone
 //! reads the body and writes the answer, and it ends with a **verdict** on what becomes of the
 //! stream. A **keeper** for each provider refreshes its login; it alone calls the token endpoint
 //! and writes the credential file. A **reply** is an answer of ai-mux's own; everything else that
