@@ -4,23 +4,24 @@
 //!
 //! ```text
 //! client ══ TCP/TLS ══> gate, queue ── request line ──> tiny_http ──> worker ──> ureq ══> upstream
-//!    ^                   │     over the inner connection                   │
-//!    │                   └─ parks the exchange ─────────────────────────> takes it: token, body,
-//!    └──────────────────────── answer, piece by piece ─────────────────── then gives the stream back
+//!    ^                   │     over the inner connection                │
+//!    │                   └─ parks the exchange ────────────────────────> takes it: token, body,
+//!    └──────────────────────── answer, piece by piece ────────────────── then gives the stream back
 //!
 //! credential file <══ keeper ══> token endpoint
 //! ```
 //!
 //! The **gate** is one thread that meets all clients: it takes in what they send without waiting
 //! for any one of them, and refuses what is malformed or ambiguous. A whole head becomes an
-//! **exchange**, which waits in its queue until one of the **workers**, a fixed pool, is free. Then
-//! it is *parked* under a number, and the request line and that number go over the **inner
-//! connection** to tiny_http, which hands them to the worker, but never meets the network, where it
-//! has no deadlines, hangs under a burst, and aborts on an absurd length. The worker takes the exchange, and now waits as long as it must: it alone
-//! reads the body and writes the answer, and it ends with a **verdict** on what becomes of the
-//! stream. A **keeper** for each provider refreshes its login; it alone calls the token endpoint
-//! and writes the credential file. A **reply** is an answer of ai-mux's own; everything else that
-//! a client hears comes from **upstream**.
+//! **exchange**, which waits in its queue until one of the **workers**, a fixed pool, is free.
+//! Then it is *parked* under a number, and the request line and that number go over the **inner
+//! connection** to tiny_http, which hands them to the worker, but never meets the network, where
+//! it has no deadlines, hangs under a burst, and aborts on an absurd length. The worker takes the
+//! exchange, and now waits as long as it must: it alone reads the body and writes the answer, and
+//! it ends with a **verdict** on what becomes of the stream. A **keeper** for each provider
+//! refreshes its login; it alone calls the token endpoint and writes the credential file. A
+//! **reply** is an answer of ai-mux's own; everything else that a client hears comes from
+//! **upstream**.
 //!
 //! The file reads from the story to the reference: limits, main, gate, server, handler,
 //! credential, upstream, stream, config, replies and errors, log. A callee stands below its caller.
