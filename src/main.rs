@@ -50,7 +50,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use log::{LevelFilter, debug, error, info, warn};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::retry_on_intr;
-use rustix::net::{RecvFlags, recv};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use serde::{Deserialize, Deserializer, de::DeserializeOwned, de::Error as _};
 use serde_json::{Value, json};
@@ -61,8 +60,7 @@ use ureq::http::header::{AUTHORIZATION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING}
 use ureq::http::{self, HeaderMap, HeaderName, HeaderValue};
 use ureq::unversioned::resolver::DefaultResolver;
 use ureq::unversioned::transport::{
-    Buffers, ConnectProxyConnector, ConnectionDetails, Connector, Either, LazyBuffers, NextTimeout,
-    RustlsConnector, SocksConnector, Transport,
+    Buffers, ConnectionDetails, Connector, DefaultConnector, NextTimeout, Transport,
 };
 use ureq::{SendBody, tls::RootCerts};
 
@@ -119,8 +117,6 @@ const STACK_SIZE: usize = 512 << 10;
 /// of ours the second. Larger ones gain nothing, as each piece is passed on at once.
 const UPSTREAM_INPUT: usize = 16 << 10;
 const UPSTREAM_OUTPUT: usize = LINE_SIZE + 1024;
-/// The first of them in the middle of a stream, until one of its reads is larger.
-const EVENT_SIZE: usize = 4 << 10;
 /// An idle upstream connection; most servers close theirs after 20 s or more.
 const UPSTREAM_IDLE: Duration = Duration::from_secs(15);
 /// A credential file; real ones have 1 to 10 KiB.
@@ -522,25 +518,12 @@ fn signals(ring: &UnixStream) -> io::Result<Arc<AtomicBool>> {
 
 /// Listens on the first address that can be had. That of all IPv6 interfaces is IPv4's as well.
 fn listen(addresses: &[SocketAddr]) -> Result<TcpListener, Error> {
-    use rustix::net::{AddressFamily, SocketType, bind, listen, socket, sockopt};
-    let open = |address: &SocketAddr| {
-        let family = match address {
-            SocketAddr::V4(_) => AddressFamily::INET,
-            SocketAddr::V6(_) => AddressFamily::INET6,
-        };
-        let socket = socket(family, SocketType::STREAM, None)?;
-        sockopt::set_socket_reuseaddr(&socket, true)?;
-        if address.is_ipv6() {
-            sockopt::set_ipv6_v6only(&socket, false)?;
-        }
-        bind(&socket, address)?;
-        listen(&socket, BACKLOG)?;
-        let listener = TcpListener::from(socket);
+    let listen = || {
+        let listener = TcpListener::bind(addresses)?;
+        rustix::net::listen(&listener, BACKLOG)?; // again, for std's backlog is short
         listener.set_nonblocking(true).map(|()| listener)
     };
-    let tried = addresses.iter().map(open).reduce(Result::or);
-    let tried = tried.unwrap_or(Err(ErrorKind::NotFound.into()));
-    tried.map_err(|e| Error::start(format!("listen on {addresses:?}"), e))
+    listen().map_err(|e: io::Error| Error::start(format!("listen on {addresses:?}"), e))
 }
 
 /// What clients see of us, and the files that it comes from: certificate and key.
@@ -1734,13 +1717,6 @@ fn agent(config: &Config, url: &str) -> Result<AgentConfig, Error> {
 
 type AgentConfig = ureq::config::ConfigBuilder<ureq::typestate::AgentScope>;
 
-/// Through the proxy, if there is one, over our own wire; `idle` is the longest silence in a body.
-fn connected(config: ureq::config::Config, idle: Duration) -> ureq::Agent {
-    let proxied = ().chain(SocksConnector::default()).chain(ConnectProxyConnector::default());
-    let connector = proxied.chain(Dial(idle)).chain(RustlsConnector::default());
-    ureq::Agent::with_parts(config, connector, DefaultResolver::default())
-}
-
 /// The certificates in a PEM file, one at least.
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let failed = |why: &dyn Display| format!("{}: {why}", path.display());
@@ -1785,20 +1761,21 @@ impl Upstream {
             .timeout_connect(time)
             .timeout_per_write(time)
             .timeout_recv_response(time)
-            .timeout_recv_body(Some(FOREVER)) // so that the wire can tell a body
-            .timeout_per_read(Some(config.stream_idle_timeout.max(config.request_timeout)))
+            .timeout_recv_body(Some(FOREVER)) // so that a wire can tell that it is in a body
             .max_idle_connections(config.workers.get().into())
             .max_idle_connections_per_host(config.workers.get().into());
+        let connector = DefaultConnector::new().chain(WithLimit(config.stream_idle_timeout));
+        let resolver = DefaultResolver::default();
         Ok(Upstream {
             provider,
             base_url,
             headers: settings.headers,
-            agent: connected(requests.build(), config.stream_idle_timeout),
+            agent: ureq::Agent::with_parts(requests.build(), connector, resolver),
             credential: Arc::new(Credential {
                 provider,
                 path: provider.path(&config.state_dir),
                 token_url,
-                agent: connected(calls.build(), TOKEN_TIME),
+                agent: calls.build().new_agent(),
                 interval: config.refresh_check_interval,
                 state: Mutex::default(),
                 changed: Condvar::new(),
@@ -1881,6 +1858,51 @@ impl Upstream {
     }
 }
 
+/// Makes ureq's wires keep to `stream_idle_timeout`, which is for bodies: ureq's own limit for each
+/// read would cut a head, a handshake and a proxy's tunnel as well.
+#[derive(Debug)]
+struct WithLimit(Duration);
+
+#[derive(Debug)]
+struct Wire<T>(T, Duration);
+
+impl<T: Transport> Connector<T> for WithLimit {
+    type Out = Wire<T>;
+
+    fn connect(
+        &self,
+        _: &ConnectionDetails,
+        made: Option<T>,
+    ) -> Result<Option<Wire<T>>, ureq::Error> {
+        Ok(made.map(|wire| Wire(wire, self.0)))
+    }
+}
+
+impl<T: Transport> Transport for Wire<T> {
+    fn await_input(&mut self, mut time: NextTimeout) -> Result<bool, ureq::Error> {
+        if time.reason == ureq::Timeout::RecvBody {
+            time.per_read = Some(self.1.into());
+        }
+        self.0.await_input(time)
+    }
+
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        self.0.buffers()
+    }
+
+    fn transmit_output(&mut self, amount: usize, time: NextTimeout) -> Result<(), ureq::Error> {
+        self.0.transmit_output(amount, time)
+    }
+
+    fn is_open(&mut self) -> bool {
+        self.0.is_open()
+    }
+
+    fn is_tls(&self) -> bool {
+        self.0.is_tls()
+    }
+}
+
 /// Text that is known to fit a header.
 fn header_value(text: &str) -> HeaderValue {
     HeaderValue::from_str(text).expect("a Secret, or joined from headers")
@@ -1907,144 +1929,6 @@ fn merged_beta(headers: &HeaderMap, ours: &str) -> String {
     let items = items(headers, "anthropic-beta").chain([ours]);
     let items = items.filter(|i| !i.is_empty() && (*i != ours || once.next().is_some()));
     items.collect::<Vec<_>>().join(",")
-}
-
-// ─── upstream: the wire ──────────────────────────────────────────────────────────────────────
-// In: ureq's bytes and time limits. Out: TCP to upstream, plain or for ureq's TLS to wrap. It
-// differs from ureq's own in two things: the buffers for heads, 25 KiB, are not kept through a
-// stream; and `stream_idle_timeout`, a limit for each read, is not one for those of a head.
-
-#[derive(Debug)]
-struct Wire {
-    tcp: TcpStream,
-    buffers: LazyBuffers,
-    /// How much of a body is read at a time, 0 as yet; and whether there was that much.
-    room: usize,
-    full: bool,
-    /// The longest silence inside a body.
-    idle: Duration,
-    /// The time limits that the kernel was last told, for a read and for a write.
-    told: [Duration; 2],
-}
-
-/// Makes them; with `stream_idle_timeout`.
-#[derive(Debug)]
-struct Dial(Duration);
-
-impl<In: Transport> Connector<In> for Dial {
-    type Out = Either<In, Wire>;
-
-    fn connect(
-        &self,
-        to: &ConnectionDetails,
-        through: Option<In>,
-    ) -> Result<Option<Self::Out>, ureq::Error> {
-        // If there is a proxy, the connection through it is made already.
-        if let Some(transport) = through {
-            return Ok(Some(Either::A(transport)));
-        }
-        let until = Instant::now() + (*to.timeout.after).min(FOREVER);
-        let mut outcome = Err(ureq::Error::HostNotFound);
-        for (at, address) in to.addrs.iter().enumerate() {
-            // One that is silent leaves time for those behind it.
-            let time = left_until(until) / (to.addrs.len() - at) as u32;
-            let tcp = TcpStream::connect_timeout(address, time.max(Duration::from_millis(1)));
-            outcome = tcp.map_err(|e| wire_error(e, ureq::Timeout::Connect));
-            if outcome.is_ok() {
-                break;
-            }
-        }
-        let tcp = outcome?;
-        tcp.set_nodelay(true)?;
-        Ok(Some(Either::B(Wire {
-            tcp,
-            buffers: LazyBuffers::new(UPSTREAM_INPUT, UPSTREAM_OUTPUT),
-            room: 0,
-            full: false,
-            idle: self.0,
-            told: [Duration::ZERO; 2],
-        })))
-    }
-}
-
-impl Wire {
-    /// Small buffers for a body, as most events are small; a large one where that is filled.
-    fn fit(&mut self) {
-        let room = if self.full {
-            UPSTREAM_INPUT
-        } else {
-            self.room.max(EVENT_SIZE)
-        };
-        if std::mem::replace(&mut self.room, room) != room {
-            self.buffers = LazyBuffers::new(room, 1);
-        }
-    }
-}
-
-/// How long this may take, which is not nothing.
-fn limited(time: NextTimeout) -> Result<(NextTimeout, Duration), ureq::Error> {
-    match (*time.after).min(FOREVER) {
-        Duration::ZERO => Err(ureq::Error::Timeout(time.reason)),
-        limit => Ok((time, limit)),
-    }
-}
-
-fn wire_error(e: io::Error, limit: ureq::Timeout) -> ureq::Error {
-    match e.kind() {
-        ErrorKind::TimedOut | ErrorKind::WouldBlock => ureq::Error::Timeout(limit),
-        _ => e.into(),
-    }
-}
-
-impl Transport for Wire {
-    fn buffers(&mut self) -> &mut dyn Buffers {
-        &mut self.buffers
-    }
-
-    fn transmit_output(&mut self, amount: usize, time: NextTimeout) -> Result<(), ureq::Error> {
-        let (time, limit) = limited(time.for_write())?;
-        if std::mem::replace(&mut self.told[1], limit) != limit {
-            self.tcp.set_write_timeout(Some(limit))?;
-        }
-        let sent = self.tcp.write_all(&self.buffers.output()[..amount]);
-        sent.map_err(|e| wire_error(e, time.reason))
-    }
-
-    fn await_input(&mut self, mut time: NextTimeout) -> Result<bool, ureq::Error> {
-        let body = time.reason == ureq::Timeout::RecvBody;
-        time.per_read = body.then(|| self.idle.into());
-        if body && self.buffers.input().is_empty() {
-            self.fit();
-        }
-        let (time, limit) = limited(time.for_read())?;
-        if std::mem::replace(&mut self.told[0], limit) != limit {
-            self.tcp.set_read_timeout(Some(limit))?;
-        }
-        let count = loop {
-            match self.tcp.read(self.buffers.input_append_buf()) {
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                read => break read.map_err(|e| wire_error(e, time.reason))?,
-            }
-        };
-        self.full = count == self.room;
-        self.buffers.input_appended(count);
-        Ok(count > 0)
-    }
-
-    /// Between two requests: the next one has heads again. Nothing may have come behind the last.
-    fn is_open(&mut self) -> bool {
-        if !self.buffers.input().is_empty() {
-            return false;
-        }
-        (self.room, self.full) = (0, false);
-        self.buffers = LazyBuffers::new(UPSTREAM_INPUT, UPSTREAM_OUTPUT);
-        let peeked = recv(
-            &self.tcp,
-            &mut [0][..],
-            RecvFlags::PEEK | RecvFlags::DONTWAIT,
-        );
-        peeked == Err(rustix::io::Errno::AGAIN)
-    }
 }
 
 // ─── stream ──────────────────────────────────────────────────────────────────────────────────

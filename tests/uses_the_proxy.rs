@@ -266,6 +266,37 @@ fn a_slow_proxy_and_a_slow_head_behind_it_are_waited_for() {
 }
 
 #[test]
+fn silence_in_a_body_behind_a_proxy_breaks_it_off() {
+    for scheme in ["http", "socks5h"] {
+        let end = Steps::default();
+        let held = end.clone();
+        let authority = Authority::new();
+        let far = Upstream::tls(&authority, move |_, conn| {
+            conn.stream(&[])?;
+            conn.chunk("data: 1\n\n")?;
+            held.wait(1);
+            conn.finish()
+        });
+        let proxy = Proxy::start(far.addr);
+        let setup = Setup::new(&far);
+        let roots = setup.write("roots.pem", authority.cert_pem);
+        let mux = setup
+            .env("SSL_CERT_FILE", roots)
+            .provider(0, "base_url", "https://slow.test/anthropic")
+            .set("stream_idle_timeout", "1s")
+            .set("proxy", format!("{scheme}://{}", proxy.addr))
+            .start();
+        let mut client = mux.client();
+        client.request("POST", MESSAGES, &[BEARER], b"{}");
+        client.head();
+        assert_eq!(client.text(), "data: 1\n\n", "{scheme}");
+        client.piece().expect_err("an end that is no end");
+        mux.wait_log("stream_idle_timeout");
+        end.advance();
+    }
+}
+
+#[test]
 fn a_proxy_that_is_too_slow_is_504() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
     let proxy = listener.local_addr().expect("an address");
