@@ -28,7 +28,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::fmt::Display;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, BufRead, Cursor, ErrorKind, Read, Write};
@@ -42,7 +42,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -99,7 +99,7 @@ const PIECE_TIME: Duration = Duration::from_secs(30);
 /// How much of an unread body is taken after a reply, so that the client comes to read it.
 const LINGER_SIZE: usize = 1 << 20;
 const LINGER_TIME: Duration = Duration::from_secs(2);
-/// An exchange that a free worker has not picked up by then was lost inside tiny_http.
+/// For a worker to pick up what tiny_http is sent at start.
 const PICKUP_TIME: Duration = Duration::from_secs(5);
 /// How long a worker keeps a stack that grew before a new thread takes its place.
 const REST_TIME: Duration = Duration::from_secs(15);
@@ -136,9 +136,8 @@ const BACKOFF_MIN: Duration = Duration::from_secs(5);
 const BACKOFF_MAX: Duration = Duration::from_secs(300);
 /// The longest `Retry-After` that is honoured, lest a mistake shut a provider for weeks.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(86400);
-/// After a signal: for running requests, and after those for a refresh until it is saved.
+/// After a signal, for running requests.
 const DRAIN_TIME: Duration = Duration::from_secs(10);
-const SAVE_TIME: Duration = Duration::from_secs(20);
 /// Longer than anything takes, and short enough to be added to any clock.
 const FOREVER: Duration = Duration::from_secs(365 * 86400);
 /// How often the certificate files are looked at.
@@ -183,22 +182,10 @@ fn run() -> Result<(), Error> {
     start_log(config.log_level);
     let _claim = claim(&config.state_dir)?;
     let mut gate = Gate::open(config)?;
+    gate.run();
+    // What a keeper or a request that is cut short has begun is not lost.
     let upstreams = gate.proxy.upstreams.iter();
-    let credentials: Vec<_> = upstreams.map(|u| u.credential.clone()).collect();
-    // Each keeper drops its end of a channel when it ends.
-    let (keeping, ended) = mpsc::channel::<()>();
-    for credential in credentials.clone() {
-        let keeping = keeping.clone();
-        let keep = move || (credential.keep(), drop(keeping)).1;
-        spawn("keeper", keep).map_err(|e| Error::start("start a thread", e))?;
-    }
-    drop(keeping);
-
-    let deadline = gate.run() + SAVE_TIME;
-    credentials.iter().for_each(|credential| credential.stop());
-    if ended.recv_timeout(left_until(deadline)) == Err(RecvTimeoutError::Timeout) {
-        error!("a refresh did not end in time; what it brings is lost");
-    }
+    upstreams.for_each(|upstream| upstream.credential.finish());
     info!("stopped");
     Ok(())
 }
@@ -253,15 +240,11 @@ struct Gate {
     queue: VecDeque<Exchange>,
     workers: usize,
     lent: usize,
-    /// Of the last exchange that was lent.
-    number: u64,
     verdicts: Receiver<Verdict>,
     /// Gets a byte for each request that a worker is done with, and for each signal.
     bell: UnixStream,
     stopping: Arc<AtomicBool>,
-    /// The inner connection, and where tiny_http listens: a private folder that ends with us.
     inner: UnixStream,
-    inner_folder: PathBuf,
     /// The log knows that new connections wait.
     warned: bool,
 }
@@ -280,7 +263,11 @@ impl Gate {
         let (verdict, verdicts) = mpsc::channel();
         let tls = config.tls.clone();
         let proxy = Arc::new(Proxy::new(config, verdict, ring)?);
-        let (inner, inner_folder) = serve(&proxy, workers, &bell).map_err(failed)?;
+        let inner = serve(&proxy, workers, &bell).map_err(failed)?;
+        for upstream in &proxy.upstreams {
+            let credential = upstream.credential.clone();
+            spawn("keeper", move || credential.keep()).map_err(failed)?;
+        }
         Ok(Gate {
             proxy,
             listener: Some(listener),
@@ -290,18 +277,16 @@ impl Gate {
             queue: VecDeque::new(),
             workers,
             lent: 0,
-            number: 0,
             verdicts,
             bell,
             stopping,
             inner,
-            inner_folder,
             warned: false,
         })
     }
 
-    /// Serves until a signal comes and what runs then has ended, or had its time: until when.
-    fn run(&mut self) -> Instant {
+    /// Serves until a signal comes and what runs then has ended, or had its time.
+    fn run(&mut self) {
         self.announce();
         let mut end = None;
         while end.is_none_or(|end| self.count() > 0 && !left_until(end).is_zero()) {
@@ -323,7 +308,6 @@ impl Gate {
                 self.lent -= 1;
                 self.settle(verdict);
             }
-            self.take_back();
             self.dispatch();
             if knock {
                 self.admit();
@@ -339,8 +323,6 @@ impl Gate {
         if self.count() > 0 {
             warn!("{} requests still ran and are cut short", self.count());
         }
-        remove_inner(&self.inner_folder);
-        end.unwrap_or_else(Instant::now)
     }
 
     fn announce(&self) {
@@ -361,9 +343,8 @@ impl Gate {
     /// Waits until something happens or is due: whether a client knocks, which visitors spoke.
     fn wait(&self, end: Option<Instant>) -> io::Result<(bool, Vec<bool>)> {
         let waiting = self.queue.front().map(|exchange| exchange.stream.due());
-        let parked = self.proxy.first_parked();
         let renewal = self.tls.as_ref().map(|tls| tls.next);
-        let dues = [end, waiting, parked, renewal].into_iter().flatten();
+        let dues = [end, waiting, renewal].into_iter().flatten();
         let due = dues.chain(self.visitors.iter().map(Stream::due)).min();
         let time = due.and_then(|due| left_until(due).try_into().ok());
 
@@ -440,36 +421,23 @@ impl Gate {
         self.queue.push_back(exchange.within(time));
     }
 
-    /// Parks an exchange for each worker that has none, and tells tiny_http of it.
+    /// Parks an exchange for each worker that has none, with a ticket; refuses those that have
+    /// waited too long for one.
     fn dispatch(&mut self) {
         while self.lent < self.workers
             && let Some(exchange) = self.queue.pop_front()
         {
-            (self.lent, self.number) = (self.lent + 1, self.number + 1);
-            let (method, target) = (&exchange.head.method, &exchange.head.target);
-            let head = inner_head(method, target, self.number);
-            let exchange = exchange.within(PICKUP_TIME);
-            lock(&self.proxy.parked).insert(self.number, exchange);
-            let _ = self.inner.write_all(head.as_bytes()); // if not, it is taken back in time
+            self.lent += 1;
+            lock(&self.proxy.parked).push_back(exchange);
+            let sent = self.inner.write_all(TICKET);
+            sent.unwrap_or_else(|e| error!("tiny_http: {e}"));
         }
-    }
-
-    /// Takes back what has waited too long: for a worker, or for one that was free to take it.
-    fn take_back(&mut self) {
         while self.queue.front().is_some_and(|e| e.stream.is_due())
             && let Some(exchange) = self.queue.pop_front()
         {
             let busy = Reply::new(503, "all workers are busy; raise `workers`, or wait");
             let busy = busy.retry_after(Duration::from_secs(1));
             self.settle(exchange.refuse(busy));
-        }
-        while let Some(exchange) = self.proxy.lost() {
-            error!("tiny_http lost a head; its connection is replaced");
-            if let Ok(inner) = UnixStream::connect(self.inner_folder.join("socket")) {
-                self.inner = inner;
-            }
-            self.lent -= 1;
-            self.settle(exchange.refuse(Reply::internal()));
         }
     }
 
@@ -737,12 +705,6 @@ fn path_of(target: &str) -> &str {
     target.split('?').next().unwrap_or_default()
 }
 
-/// What tiny_http gets of a head, written anew from checked parts. The fields are not read a
-/// second time: they stay with the exchange that the number stands for.
-fn inner_head(method: &str, target: &str, number: u64) -> String {
-    format!("{method} {target} HTTP/1.1\r\nx-exchange: {number}\r\n\r\n")
-}
-
 // ─── server ──────────────────────────────────────────────────────────────────────────────────
 // In: requests from tiny_http. Out: a verdict for each exchange, whatever happens to it, and its
 // line in the access log. A panic in the handler ends here: it costs an answer, not a worker.
@@ -751,50 +713,48 @@ fn inner_head(method: &str, target: &str, number: u64) -> String {
 struct Proxy {
     config: Config,
     upstreams: Vec<Upstream>,
-    /// Exchanges that no worker has picked up yet, by number.
-    parked: Mutex<BTreeMap<u64, Exchange>>,
+    /// Exchanges that no worker has picked up yet: one for each ticket that is on its way.
+    parked: Mutex<VecDeque<Exchange>>,
     verdict: Sender<Verdict>,
     ring: UnixStream,
 }
 
-/// Starts tiny_http and the workers. Out: the inner connection, proven by a head that a worker has
-/// picked up, and the folder of its socket.
-fn serve(
-    proxy: &Arc<Proxy>,
-    workers: usize,
-    mut bell: &UnixStream,
-) -> io::Result<(UnixStream, PathBuf)> {
-    let (listener, folder) = inner_listener(&proxy.config.state_dir)?;
+/// What tiny_http gets for each exchange, and hands to a worker. Always the same, so that the one
+/// which is sent at start proves all: nothing that a client sends can get there.
+const TICKET: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
+
+/// Starts tiny_http and the workers. Out: the inner connection, proven by a ticket that a worker
+/// has picked up.
+fn serve(proxy: &Arc<Proxy>, workers: usize, mut bell: &UnixStream) -> io::Result<UnixStream> {
+    let (listener, mut inner) = inner_connection(&proxy.config.state_dir)?;
     let server = tiny_http::Server::from_listener(listener, None).map_err(io::Error::other)?;
     let server = Arc::new(server);
     for _ in 0..workers {
         let (server, proxy) = (server.clone(), proxy.clone());
         spawn("worker", move || work(&server, &proxy))?;
     }
-    let mut inner = UnixStream::connect(folder.join("socket"))?;
-    inner.write_all(inner_head("GET", "/", 0).as_bytes())?;
+    inner.write_all(TICKET)?;
     bell.set_read_timeout(Some(PICKUP_TIME))?;
     bell.read_exact(&mut [0])?;
-    Ok((inner, folder))
+    Ok(inner)
 }
 
-/// The inner socket, in a private folder: in `state_dir`, or among the temporary ones where that
-/// is read-only or its path too long for a socket address (107 bytes, unix(7)).
-fn inner_listener(state_dir: &Path) -> io::Result<(UnixListener, PathBuf)> {
-    let bind = |folder: PathBuf| {
-        remove_inner(&folder); // left behind by kill -9
+/// The two ends of the inner connection, the first still to be accepted. They meet in a private
+/// folder that is gone by then: in `state_dir`, or among the temporary ones where that is
+/// read-only or its path too long for a socket address (107 bytes, unix(7)).
+fn inner_connection(state_dir: &Path) -> io::Result<(UnixListener, UnixStream)> {
+    let meet = |folder: PathBuf| {
+        let socket = folder.join("socket");
+        let remove = || fs::remove_file(&socket).and(fs::remove_dir(&folder));
+        let _ = remove(); // left behind by kill -9
         DirBuilder::new().mode(0o700).create(&folder)?;
-        let listener = UnixListener::bind(folder.join("socket"));
-        let listener = listener.inspect_err(|_| remove_inner(&folder))?;
-        Ok::<_, io::Error>((listener, folder))
+        let listener = UnixListener::bind(&socket);
+        let inner = UnixStream::connect(&socket);
+        let _ = remove();
+        Ok::<_, io::Error>((listener?, inner?))
     };
     let temporary = format!("ai-mux-{}", std::process::id());
-    bind(state_dir.join("inner")).or_else(|_| bind(std::env::temp_dir().join(temporary)))
-}
-
-fn remove_inner(folder: &Path) {
-    let _ = fs::remove_file(folder.join("socket"));
-    let _ = fs::remove_dir(folder); // only if it is empty
+    meet(state_dir.join("inner")).or_else(|_| meet(std::env::temp_dir().join(temporary)))
 }
 
 /// A worker. When it has rested for a while, a new thread takes its place: a stack that grew
@@ -814,35 +774,20 @@ fn work(server: &Arc<tiny_http::Server>, proxy: &Arc<Proxy>) {
 }
 
 impl Proxy {
-    fn serve(&self, request: Request) {
-        let number = request.headers().first().map(|h| h.value.as_str().parse());
-        let number = number.and_then(Result::ok).unwrap_or_default();
-        let exchange = lock(&self.parked).remove(&number);
-        // None if it was taken back.
+    fn serve(&self, ticket: Request) {
+        let exchange = lock(&self.parked).pop_front();
+        // None for the ticket that was sent at start.
         if let Some(exchange) = exchange {
-            let answer = AssertUnwindSafe(|| self.answer(&request, exchange));
+            let answer = AssertUnwindSafe(|| self.answer(exchange));
             let _ = self.verdict.send(catch_unwind(answer).unwrap_or(None));
         }
-        drop(request.into_writer());
+        drop(ticket.into_writer());
         let _ = (&self.ring).write(&[0]);
     }
 
-    /// When the first of those that are parked has been for too long.
-    fn first_parked(&self) -> Option<Instant> {
-        let parked = lock(&self.parked);
-        parked.values().next().map(|exchange| exchange.stream.due())
-    }
-
-    /// One that no worker has picked up although one was free.
-    fn lost(&self) -> Option<Exchange> {
-        let mut parked = lock(&self.parked);
-        let first = parked.first_entry()?;
-        first.get().stream.is_due().then(|| first.remove())
-    }
-
-    fn answer(&self, request: &Request, mut exchange: Exchange) -> Verdict {
+    fn answer(&self, mut exchange: Exchange) -> Verdict {
         exchange.stream.socket.waits = true;
-        let outcome = fence(&mut exchange, |e| self.handle(request.url(), e));
+        let outcome = fence(&mut exchange, |exchange| self.handle(exchange));
         exchange.conclude(outcome)
     }
 }
@@ -967,11 +912,11 @@ impl Proxy {
         })
     }
 
-    fn handle(&self, target: &str, exchange: &mut Exchange) -> Outcome {
+    fn handle(&self, exchange: &mut Exchange) -> Outcome {
         let (head, peer) = (&exchange.head, exchange.stream.peer);
         debug!("peer={peer} request: {}", shown(&head.fields));
         exchange.user = self.authenticate(&head.fields)?.to_owned();
-        let (upstream, url) = self.route(target)?;
+        let (upstream, url) = self.route(&head.target)?;
         exchange.provider = upstream.provider.name;
         if lists(&head.fields, "upgrade", "websocket") {
             return Err(Reply::new(426, "no WebSocket here; use plain HTTP").into());
@@ -1060,9 +1005,9 @@ fn bearer_in(value: &HeaderValue) -> &[u8] {
 // ─── credential ──────────────────────────────────────────────────────────────────────────────
 // In: a provider's credential file, which its own tools may rewrite at any moment; the token
 // endpoint's answers. Out: an access token that is good now, or why there is none. Everyone
-// reads the file; the keeper, one thread a provider, is the only one to refresh and to write.
-// What cannot happen: two refreshes at once, a token used before it is on disk, a file half
-// written, a log-out undone.
+// reads the file; whoever refreshes or writes it, a request's worker or the keeper, one thread a
+// provider, does so in turn. What cannot happen: two refreshes at once, a token used before it is
+// on disk, a file half written, a log-out undone.
 
 struct Credential {
     provider: &'static Provider,
@@ -1071,24 +1016,20 @@ struct Credential {
     agent: ureq::Agent,
     /// `refresh_check_interval`.
     interval: Duration,
+    /// Held in turn by whoever refreshes or writes, for as long as that takes.
+    turn: Mutex<()>,
+    /// What everyone looks at, in short locks.
     state: Mutex<State>,
-    /// Someone asks the keeper to look, or it has looked.
-    changed: Condvar,
+    /// Wakes the keeper for what it has to try again.
+    failed: Condvar,
 }
 
-/// Touched in short locks, with the network in between.
 #[derive(Default)]
 struct State {
     token: Option<Token>,
     /// Of the file when it was last read; `None` when it must be read again anyhow.
     stamp: Option<Stamp>,
     refresh: Refresh,
-    /// How often the keeper was asked to look, and what of that it has done; and the access token
-    /// that upstream has rejected, if that is why.
-    asked: u64,
-    done: u64,
-    rejected: Option<Secret>,
-    stopping: bool,
 }
 
 /// Why there is no new token, and when to try again: `None` is when the file changes.
@@ -1141,12 +1082,12 @@ impl State {
     }
 
     /// The token, if it must be refreshed, `margin` before its end, and may be now.
-    fn due(&self, margin: Duration, rejected: Option<Secret>) -> Option<&Token> {
+    fn due(&self, margin: Duration, rejected: Option<&Secret>) -> Option<&Token> {
         let waiting = match &self.refresh.failure {
             Some((_, until)) => until.is_none_or(|at| !left_until(at).is_zero()),
             None => self.is_young(),
         };
-        let due = |t: &&Token| !t.lasts(margin) || rejected.as_ref() == Some(&t.access);
+        let due = |t: &&Token| !t.lasts(margin) || rejected == Some(&t.access);
         let token = self.token.as_ref().filter(|_| !waiting);
         token.filter(|token| token.refresh.is_some()).filter(due)
     }
@@ -1167,15 +1108,15 @@ impl Credential {
     /// An access token to use now. Waits for a refresh if there is none that is good; and the
     /// first who finds it ageing waits too, while the others use it.
     fn token(&self) -> Result<Token, Reply> {
-        let mut state = self.look(false);
-        // Once more, if the login that wins over a refresh is due itself.
-        for _ in 0..2 {
-            if let Some(old) = state.due(TOKEN_MARGIN, None)
-                && (state.asked == state.done || !old.lasts(Duration::ZERO))
-            {
-                state = self.ask(state);
+        let due = self.look(false).due(TOKEN_MARGIN, None).cloned();
+        if let Some(old) = due {
+            let turn = self.turn.try_lock().ok();
+            let good = old.lasts(Duration::ZERO);
+            if let Some(turn) = turn.or_else(|| (!good).then(|| lock(&self.turn))) {
+                self.tend(turn, TOKEN_MARGIN, None);
             }
         }
+        let state = self.look(false);
         let dead = |why: &str| Reply::new(503, format!("ai-mux has no login to use: {why}"));
         let usable = |t: &&Token| t.lasts(Duration::ZERO) || state.is_young();
         match (&state.refresh.failure, state.token.as_ref().filter(usable)) {
@@ -1193,12 +1134,10 @@ impl Credential {
     /// Upstream answered 401 to this token: a newer one, from disk or from a refresh, if any.
     fn rejected(&self, token: &Token) -> Option<Token> {
         let newer = |other: &Token| other.access != token.access;
-        let mut state = self.look(true);
-        if !state.token.as_ref().is_some_and(newer) {
-            state.rejected = Some(token.access.clone());
-            state = self.ask(state);
+        if !self.look(true).token.as_ref().is_some_and(newer) {
+            self.tend(lock(&self.turn), TOKEN_MARGIN, Some(&token.access));
         }
-        state.token.clone().filter(newer)
+        self.look(false).token.clone().filter(newer)
     }
 
     fn is_ready(&self) -> bool {
@@ -1209,54 +1148,37 @@ impl Credential {
         !dead && state.token.as_ref().is_some_and(usable)
     }
 
-    /// Asks the keeper to look, and waits until it has.
-    fn ask<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        state.asked += 1;
-        let asked = state.asked;
-        self.changed.notify_all();
-        let looked = self.changed.wait_while(state, |state| state.done < asked);
-        looked.unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The keeper: looks at the login every `interval`, and whenever it is asked to.
+    /// The keeper: looks at the login every `interval`, and when there is something to try again.
     fn keep(&self) {
-        let mut state = lock(&self.state);
-        while !state.stopping {
-            let (asked, rejected) = (state.asked, state.rejected.take());
-            drop(state);
-            let _ = catch_unwind(AssertUnwindSafe(|| self.tend(rejected)));
-            state = lock(&self.state);
-            state.done = asked;
-            self.changed.notify_all();
+        loop {
+            let look = || self.tend(lock(&self.turn), self.interval + TOKEN_MARGIN, None);
+            let _ = catch_unwind(AssertUnwindSafe(look));
+            let state = lock(&self.state);
             let retry = state.refresh.failure.as_ref().and_then(|(_, until)| *until);
             let retry = retry.map(left_until).filter(|time| !time.is_zero());
             let time = retry.map_or(self.interval, |time| time.min(self.interval));
-            let idle = |state: &mut State| state.asked == state.done && !state.stopping;
-            let woken = self.changed.wait_timeout_while(state, time, idle);
-            state = woken.unwrap_or_else(PoisonError::into_inner).0;
+            drop(self.failed.wait_timeout(state, time));
         }
-        state.done = u64::MAX;
-        drop(state);
-        self.changed.notify_all();
-        self.save(None);
     }
 
-    fn stop(&self) {
-        lock(&self.state).stopping = true;
-        self.changed.notify_all();
+    /// Waits for a refresh that runs, lets no other begin, and writes what is unsaved.
+    fn finish(&self) {
+        std::mem::forget(lock(&self.turn));
+        self.save(None);
     }
 
     /// One look at the login: what is unsaved is written, a token that is due is refreshed.
-    fn tend(&self, rejected: Option<Secret>) {
+    fn tend(&self, _turn: MutexGuard<()>, margin: Duration, rejected: Option<&Secret>) {
         self.save(None);
-        let margin = self.interval + TOKEN_MARGIN;
-        let old = self.look(true).due(margin, rejected).cloned();
-        let Some(old) = old else { return };
-        if let Err((why, least)) = self.refresh(&old) {
-            // Another tool may have refreshed meanwhile; then its login is the newer one.
-            let mut state = self.look(true);
-            if old.is_of(&state.token) {
-                self.fail(&mut state.refresh, why, least);
+        let due = || self.look(true).due(margin, rejected).cloned();
+        // Once more, if the login that wins over a refresh is due itself.
+        while let Some(old) = due() {
+            if let Err((why, least)) = self.refresh(&old) {
+                // Another tool may have refreshed meanwhile; then its login is the newer one.
+                let mut state = self.look(true);
+                if old.is_of(&state.token) {
+                    self.fail(&mut state.refresh, why, least);
+                }
             }
         }
     }
@@ -1273,6 +1195,7 @@ impl Credential {
         let time = refresh.backoff.max(least).min(RETRY_AFTER_MAX);
         warn!("{name}: refresh: {why}; next try in {}s", time.as_secs());
         refresh.failure = Some((why, Some(Instant::now() + time)));
+        self.failed.notify_all();
     }
 
     /// Spends a refresh token, but first finds out what could keep its yield from being saved.
@@ -1777,8 +1700,9 @@ impl Upstream {
                 token_url,
                 agent: calls.build().new_agent(),
                 interval: config.refresh_check_interval,
+                turn: Mutex::default(),
                 state: Mutex::default(),
-                changed: Condvar::new(),
+                failed: Condvar::new(),
             }),
         })
     }

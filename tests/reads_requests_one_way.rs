@@ -58,9 +58,9 @@ fn corpus() -> Vec<&'static [u8]> {
 
 #[test]
 fn every_head_is_read_in_one_way() {
-    let (mut tiny, mut tally) = (Tiny::start(), Tally::default());
+    let (tiny, mut tally) = (Tiny::start(), Tally::default());
     let check =
-        |bytes: &[u8], step| check::connection(&inside::head, &mut tiny, bytes, step, &mut tally);
+        |bytes: &[u8], step| check::connection(&inside::head, &tiny, bytes, step, &mut tally);
     let corpus = corpus();
     let tried = search(
         time(),
@@ -124,9 +124,8 @@ fn a_gate_that_is_too_lenient_is_found_out() {
         ("a control character", lenient(b"\0", b"x")),
     ];
     for (name, gate) in planted {
-        let (mut tiny, mut tally) = (Tiny::start(), Tally::default());
-        let check =
-            |bytes: &[u8], step| check::connection(&*gate, &mut tiny, bytes, step, &mut tally);
+        let (tiny, mut tally) = (Tiny::start(), Tally::default());
+        let check = |bytes: &[u8], step| check::connection(&*gate, &tiny, bytes, step, &mut tally);
         let corpus = corpus();
         let patience = Duration::from_secs(60);
         let found = search(
@@ -195,7 +194,7 @@ const CASES: [Case; 43] = [
 
 #[test]
 fn known_traps_are_read_in_one_way() {
-    let mut tiny = Tiny::start();
+    let tiny = Tiny::start();
     for (bytes, should) in CASES {
         let shown = bytes.escape_ascii();
         let found = inside::head(bytes).and_then(|head| {
@@ -210,7 +209,7 @@ fn known_traps_are_read_in_one_way() {
             should,
             "{shown}"
         );
-        check::connection(&inside::head, &mut tiny, bytes, 1, &mut Tally::default())
+        check::connection(&inside::head, &tiny, bytes, 1, &mut Tally::default())
             .unwrap_or_else(|why| panic!("{why}: {shown}"));
     }
 }

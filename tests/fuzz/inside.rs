@@ -22,13 +22,6 @@ pub enum Length {
     Chunked,
 }
 
-impl Admitted {
-    /// What the gate writes to tiny_http for this head.
-    pub fn line(&self, number: u64) -> Vec<u8> {
-        inner_head(&self.method, &self.target, number).into_bytes()
-    }
-}
-
 /// Reads the first head of a connection that brings `bytes` and no more: the head and how many bytes it took,
 /// none if it is not whole, or the status of the refusal.
 pub fn head(bytes: &[u8]) -> Result<Option<(Admitted, usize)>, u16> {

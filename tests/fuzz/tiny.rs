@@ -13,8 +13,6 @@ const NEXT: &[u8] = b"GET /the-next-request HTTP/1.1\r\n\r\n";
 pub struct Tiny {
     server: tiny_http::Server,
     path: PathBuf,
-    /// Kept open from one head to the next, as the gate does.
-    kept: Option<Connection>,
     _folder: Folder,
 }
 
@@ -49,7 +47,6 @@ impl Tiny {
         Tiny {
             server,
             path,
-            kept: None,
             _folder: folder,
         }
     }
@@ -67,21 +64,9 @@ impl Tiny {
         }
     }
 
-    /// Sends a head without a body over the kept connection, and the next request behind it.
-    pub fn read_head(&mut self, head: &[u8]) -> Result<Seen, String> {
-        let kept = self.kept.take().filter(|kept| !kept.ended);
-        let mut connection = kept.unwrap_or_else(|| self.connect());
-        let sent = connection.socket.write_all(&[head, NEXT].concat());
-        sent.map_err(|e| e.to_string())?;
-        let seen = self.seen(&mut connection, head.len())?;
-        self.next(&mut connection)?;
-        self.kept = Some(connection);
-        Ok(seen)
-    }
-
     /// Sends a whole request as a client sent it, over a connection of its own, and the next one behind it;
     /// `last` if tiny_http is right to end the connection after the first.
-    pub fn read_whole(&mut self, request: &[u8], last: bool) -> Result<Seen, String> {
+    pub fn read_whole(&self, request: &[u8], last: bool) -> Result<Seen, String> {
         let mut connection = self.connect();
         // A refusal may come, and the connection end, before all is written.
         let _ = connection.socket.write_all(&[request, NEXT].concat());
