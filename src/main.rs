@@ -295,12 +295,10 @@ impl Gate {
                 thread::sleep(ACCEPT_PAUSE);
                 continue;
             };
-            let visitors = std::mem::take(&mut self.visitors).into_iter().zip(spoken);
-            let (awake, quiet): (Vec<_>, Vec<_>) =
-                visitors.partition(|(s, spoken)| *spoken || s.is_due());
-            self.visitors
-                .extend(quiet.into_iter().map(|(stream, _)| stream));
-            for (stream, _) in awake {
+            let mut spoken = spoken.into_iter();
+            let awake = |s: &mut Stream| spoken.next() == Some(true) || s.is_due();
+            let awake: Vec<_> = self.visitors.extract_if(.., awake).collect();
+            for stream in awake {
                 // A panic would cost this connection, and no other.
                 let _ = catch_unwind(AssertUnwindSafe(|| self.visit(stream)));
             }
@@ -404,7 +402,7 @@ impl Gate {
 
     /// Reads on what a visitor sends. A whole head begins an exchange.
     fn visit(&mut self, mut stream: Stream) {
-        let exchange = match stream.read_on() {
+        let mut exchange = match stream.read_on() {
             Ok(Some(head)) => Exchange::new(stream, head),
             Ok(None) => return self.visitors.push(stream),
             Err(Fault::Broken(why)) => return debug!("peer={} closed: {why}", stream.peer),
@@ -417,8 +415,8 @@ impl Gate {
             let health = Reply::new(200, self.proxy.health());
             return self.settle(exchange.refuse(health));
         }
-        let time = self.proxy.config.request_timeout;
-        self.queue.push_back(exchange.within(time));
+        exchange.stream.socket.until = Instant::now() + self.proxy.config.request_timeout;
+        self.queue.push_back(exchange);
     }
 
     /// Parks an exchange for each worker that has none, with a ticket; refuses those that have
@@ -465,10 +463,8 @@ fn descriptors(wanted: u64) -> (usize, usize) {
         warn!("the limit of {limit} open files carries {workers} workers, not {wanted}");
     }
     let rest = rest.saturating_sub(workers * WORKER_DESCRIPTORS).max(1);
-    (
-        workers as usize,
-        rest.min(workers + SPARE_CONNECTIONS) as usize,
-    )
+    let capacity = rest.min(workers + SPARE_CONNECTIONS);
+    (workers as usize, capacity as usize)
 }
 
 /// The first SIGTERM or SIGINT sets the flag and rings; the second ends the process at once,
@@ -506,15 +502,8 @@ struct Tls {
 
 impl Tls {
     fn open(files: [PathBuf; 2]) -> Result<Tls, String> {
-        Ok(Tls {
-            seen: files.each_ref().map(|file| stamp(file)),
-            next: Instant::now() + RENEWAL_CHECK,
-            config: Tls::load(&files)?,
-            files,
-        })
-    }
-
-    fn load([cert, key]: &[PathBuf; 2]) -> Result<Arc<rustls::ServerConfig>, String> {
+        let seen = files.each_ref().map(|file| stamp(file));
+        let [cert, key] = &files;
         let chain = certificates(cert).map_err(|e| format!("cert_path: {e}"))?;
         let wrong = |why: &dyn Display| format!("key_path: {}: {why}", key.display());
         // The parser's own error could quote the key.
@@ -525,7 +514,13 @@ impl Tls {
         let other = |e| wrong(&format!("is not the key of {}: {e}", cert.display()));
         let mut config = config.map_err(other)?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(Arc::new(config))
+        let (config, next) = (Arc::new(config), Instant::now() + RENEWAL_CHECK);
+        Ok(Tls {
+            files,
+            seen,
+            next,
+            config,
+        })
     }
 
     /// Takes the certificate from its files, where they are others than before.
@@ -535,11 +530,12 @@ impl Tls {
         }
         self.next = Instant::now() + RENEWAL_CHECK;
         let seen = self.files.each_ref().map(|file| stamp(file));
-        if std::mem::replace(&mut self.seen, seen) == seen {
+        if seen == self.seen {
             return;
         }
-        match Tls::load(&self.files) {
-            Ok(config) => self.config = config,
+        self.seen = seen;
+        match Tls::open(self.files.clone()) {
+            Ok(tls) => *self = tls,
             Err(e) => return error!("tls.{e}; the old certificate stays in use"),
         }
         info!("tls: {} is in use", self.files[0].display());
@@ -813,12 +809,12 @@ impl From<Reply> for Fault {
 fn fence(exchange: &mut Exchange, handle: impl FnOnce(&mut Exchange) -> Outcome) -> Outcome {
     match catch_unwind(AssertUnwindSafe(|| handle(exchange))) {
         Ok(outcome) => outcome,
-        Err(_) if exchange.status == 0 => Err(Reply::internal().into()),
+        Err(_) if exchange.report.status == 0 => Err(Reply::internal().into()),
         Err(_) => Err(Fault::Broken("a fault of ai-mux (panic)".into())),
     }
 }
 
-/// A client's request, from its head to its verdict; and what its log line will say.
+/// A client's request, from its head to its verdict.
 struct Exchange {
     stream: Stream,
     head: Head,
@@ -828,6 +824,12 @@ struct Exchange {
     /// Why reading the body failed: ureq shows only an error of its own.
     fault: Option<Fault>,
     started: Instant,
+    report: Report,
+}
+
+/// What its log line will say of it.
+#[derive(Default)]
+struct Report {
     user: String,
     provider: &'static str,
     /// Of the answer: nothing was sent yet while it is 0; and the bytes of its body.
@@ -846,19 +848,8 @@ impl Exchange {
             held: Cursor::default(),
             fault: None,
             started: Instant::now(),
-            user: "-".into(),
-            provider: "-",
-            status: 0,
-            bytes: 0,
-            first: None,
-            request_id: None,
+            report: Report::default(),
         }
-    }
-
-    /// To be taken by whoever comes next within this time.
-    fn within(mut self, time: Duration) -> Exchange {
-        self.stream.socket.until = Instant::now() + time;
-        self
     }
 
     fn refuse(self, reply: Reply) -> Verdict {
@@ -882,8 +873,8 @@ impl Exchange {
                 if let Err(e) = self.stream.write_piece(&bytes) {
                     (whole, ended) = (false, Some(format!("the client took no reply: {e}")));
                 }
-                (self.status, self.bytes) = (reply.status, length);
-                self.first = Some(self.started.elapsed());
+                (self.report.status, self.report.bytes) = (reply.status, length);
+                self.report.first = Some(self.started.elapsed());
             }
         }
         self.log(ended);
@@ -915,9 +906,9 @@ impl Proxy {
     fn handle(&self, exchange: &mut Exchange) -> Outcome {
         let (head, peer) = (&exchange.head, exchange.stream.peer);
         debug!("peer={peer} request: {}", shown(&head.fields));
-        exchange.user = self.authenticate(&head.fields)?.to_owned();
+        exchange.report.user = self.authenticate(&head.fields)?.to_owned();
         let (upstream, url) = self.route(&head.target)?;
-        exchange.provider = upstream.provider.name;
+        exchange.report.provider = upstream.provider.name;
         if lists(&head.fields, "upgrade", "websocket") {
             return Err(Reply::new(426, "no WebSocket here; use plain HTTP").into());
         }
@@ -984,13 +975,13 @@ impl Proxy {
 
     /// Which providers can serve, and nothing secret: JSON.
     fn health(&self) -> String {
-        let mut health = json!({ "status": "ok", "providers": {} });
-        for upstream in &self.upstreams {
+        let states = self.upstreams.iter().map(|upstream| {
             let ready = upstream.credential.is_ready();
             let state = if ready { "ready" } else { "unavailable" };
-            health["providers"][upstream.provider.name] = state.into();
-        }
-        health.to_string()
+            (upstream.provider.name.to_owned(), Value::from(state))
+        });
+        let states: serde_json::Map<_, _> = states.collect();
+        json!({ "status": "ok", "providers": states }).to_string()
     }
 }
 
@@ -1605,26 +1596,28 @@ fn agent(config: &Config, url: &str) -> Result<AgentConfig, Error> {
         let owned = |der| ureq::tls::Certificate::from_der(der).to_owned();
         roots = found.iter().map(|der| owned(der)).into();
     }
-    let uri: Option<http::Uri> = url.parse().ok();
+    let uri: http::Uri = url.parse().map_err(|e| Error::start(url, e))?;
     let mut proxy = config.proxy.clone();
-    let names = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"];
-    let set = |name: &&str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
-    if let (None, Some(name)) = (&proxy, names.into_iter().find(set)) {
-        let wrong = || Error::start(format!("{name} (not shown)"), "expected a proxy's URL");
-        let found = std::env::var(name).ok();
-        let found = found.and_then(|text| ureq::Proxy::new(&text).ok());
+    let mut names = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].into_iter();
+    let set = |name| {
+        Some((
+            name,
+            std::env::var(name).ok().filter(|text| !text.is_empty())?,
+        ))
+    };
+    if proxy.is_none()
+        && let Some((name, text)) = names.find_map(set)
+    {
+        let wrong = |_| Error::start(format!("{name} (not shown)"), "expected a proxy's URL");
+        let found = ureq::Proxy::new(&text).map_err(wrong)?;
         // What ureq itself would take knows NO_PROXY.
-        let (known, uri) = (ureq::Proxy::try_from_env(), uri.as_ref());
-        let direct = known
-            .zip(uri)
-            .is_some_and(|(proxy, uri)| proxy.is_no_proxy(uri));
-        proxy = Some(found.ok_or_else(wrong)?).filter(|_| !direct);
+        let direct = ureq::Proxy::try_from_env().is_some_and(|known| known.is_no_proxy(&uri));
+        proxy = Some(found).filter(|_| !direct);
     }
-    let loopback = uri.as_ref().is_some_and(is_loopback);
     let tls = ureq::tls::TlsConfig::builder().root_certs(roots);
     Ok(ureq::Agent::config_builder()
         .tls_config(tls.build())
-        .proxy(proxy.filter(|_| !loopback))
+        .proxy(proxy.filter(|_| !is_loopback(&uri)))
         .http_status_as_error(false)
         .max_redirects(0)
         .max_redirects_will_error(false)
@@ -1955,20 +1948,21 @@ impl Stream {
 
     /// The stream as it is in the gate: between two heads, or after its last answer.
     fn rest(mut self) -> Stream {
-        let time = match self.leaving {
-            Some(_) => LINGER_TIME,
-            None if self.is_shaking() || !self.ahead.is_empty() => HEAD_TIME,
-            None => IDLE_TIME,
-        };
-        self.socket.until = Instant::now() + time;
+        self.socket.until = Instant::now() + self.time();
         // Of what is here already, the socket does not tell.
         self.fresh = self.tls.is_some() || !self.ahead.is_empty();
         self.socket.waits = false;
         self
     }
 
-    fn is_shaking(&self) -> bool {
-        self.tls.as_ref().is_some_and(|tls| tls.is_handshaking())
+    /// How long it may be in the gate for what it is doing now.
+    fn time(&self) -> Duration {
+        let shaking = self.tls.as_ref().is_some_and(|tls| tls.is_handshaking());
+        match self.leaving {
+            Some(_) => LINGER_TIME,
+            None if shaking || !self.ahead.is_empty() => HEAD_TIME,
+            None => IDLE_TIME,
+        }
     }
 
     /// When the gate looks at it even if its socket is silent.
@@ -2008,7 +2002,6 @@ impl Stream {
 
     /// Reads on in the gate, for one turn: the next head, once it is whole.
     fn read_on(&mut self) -> Result<Option<Head>, Fault> {
-        let shaking = self.is_shaking();
         self.fresh = false;
         for _ in 0..2 {
             if self.leaving.is_none()
@@ -2016,25 +2009,23 @@ impl Stream {
             {
                 return Ok(Some(head));
             }
-            let begun = !self.ahead.is_empty();
-            match (self.fill(), &mut self.leaving) {
+            let (time, begun) = (self.time(), !self.ahead.is_empty());
+            let read = self.fill();
+            if self.time() != time {
+                self.socket.until = Instant::now() + self.time();
+            }
+            match (read, &mut self.leaving) {
+                (Ok(1..), None) => {}
                 (Ok(count @ 1..), Some(left)) if count < *left => {
                     *left -= count;
                     self.ahead.clear();
                 }
-                (Ok(1..), None) if begun => {}
-                (Ok(1..), None) => self.socket.until = Instant::now() + HEAD_TIME,
-                (Err(e), _) if e.kind() == ErrorKind::WouldBlock => {
-                    if shaking && !self.is_shaking() && !begun {
-                        self.socket.until = Instant::now() + IDLE_TIME;
-                    }
-                    return Ok(None);
-                }
+                (Err(e), _) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
                 (Err(e), None) if e.kind() == ErrorKind::TimedOut && begun => {
                     return Err(Reply::new(408, "the head came too slowly; send it at once").into());
                 }
                 (Err(e), _) => return Err(Fault::Broken(e.to_string())),
-                _ => return Err(Fault::Broken("it has ended".into())),
+                (Ok(_), _) => return Err(Fault::Broken("it has ended".into())),
             }
         }
         self.fresh = true;
@@ -2227,13 +2218,13 @@ fn relay(answer: Answer, exchange: &mut Exchange) -> Outcome {
     if parts.status.is_informational() {
         return Err(Reply::new(502, "upstream answered 101, which nobody asked for").into());
     }
-    exchange.status = parts.status.as_u16();
+    exchange.report.status = parts.status.as_u16();
     let request_id = parts.headers.get("request-id");
-    exchange.request_id = request_id.or(parts.headers.get("x-request-id")).cloned();
-    let bodyless = exchange.head.method == "HEAD" || matches!(exchange.status, 204 | 304);
+    exchange.report.request_id = request_id.or(parts.headers.get("x-request-id")).cloned();
+    let bodyless = exchange.head.method == "HEAD" || matches!(exchange.report.status, 204 | 304);
     let (head, chunked) = answer_head(&parts, bodyless, &mut exchange.head);
     exchange.stream.write_piece(&head).map_err(gone)?;
-    exchange.first = Some(exchange.started.elapsed());
+    exchange.report.first = Some(exchange.started.elapsed());
     if bodyless {
         return Ok(());
     }
@@ -2251,7 +2242,7 @@ fn relay(answer: Answer, exchange: &mut Exchange) -> Outcome {
         }
         let framed = if chunked { 0..end + 2 } else { SIZE..end };
         exchange.stream.write_piece(&piece[framed]).map_err(gone)?;
-        exchange.bytes += count as u64;
+        exchange.report.bytes += count as u64;
         if end == room {
             piece.resize(SIZE + PIECE_SIZE + 2, 0);
         }
@@ -2756,26 +2747,23 @@ fn body_too_large() -> Reply {
 impl Exchange {
     /// One line per request.
     fn log(&self, ended: Option<String>) {
-        let (peer, provider, head) = (self.stream.peer, self.provider, &self.head);
-        let words = [head.method.as_str(), path_of(&head.target)];
-        let words = words.map(|word| word.get(..200).unwrap_or(word)); // ASCII, says the gate
-        let [method, path] = words.map(|word| if word.is_empty() { "-" } else { word });
-        let user = match self.user.contains([' ', '"']) {
-            true => &format!("{:?}", self.user),
-            false => &self.user,
-        };
-        let (status, bytes) = (self.status, self.bytes);
-        let first = self.first.map(|first| format!("{}ms", first.as_millis()));
+        let (peer, head, report) = (self.stream.peer, &self.head, &self.report);
+        let path = path_of(&head.target);
+        let path = path.get(..200).unwrap_or(path); // ASCII, says the gate
+        let words = [&report.user, report.provider, &head.method, path];
+        let words = words.map(|word| if word.is_empty() { "-" } else { word });
+        let [user, provider, method, path] = words;
+        let (status, bytes) = (report.status, report.bytes);
+        let first = report.first.map(|first| format!("{}ms", first.as_millis()));
         let first = first.as_deref().unwrap_or("-");
         let total = self.started.elapsed().as_millis();
         let mut line = format!(
             "peer={peer} user={user} provider={provider} method={method} path={path} \
              status={status} bytes={bytes} first={first} total={total}ms"
         );
-        if let Some(id) = self.request_id.as_ref().filter(|_| status >= 400) {
-            let plain = |id: &&str| id.len() <= 128 && !id.contains(['"', ' ']);
-            let id = id.to_str().ok().filter(plain);
-            line += &format!(" request-id={}", id.unwrap_or("?"));
+        if let Some(id) = report.request_id.as_ref().filter(|_| status >= 400) {
+            let id = id.to_str().unwrap_or_default();
+            line += &format!(" request-id={}", id.replace([' ', '"', '\t'], "?"));
         }
         if let Some(why) = ended {
             line += &format!(" ended={why:?}");

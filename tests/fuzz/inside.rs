@@ -93,7 +93,7 @@ pub fn panic_after(sent: &'static [u8]) -> (Vec<u8>, bool) {
     exchange.stream.socket.waits = true;
     let outcome = fence(&mut exchange, |exchange| {
         if !sent.is_empty() {
-            exchange.status = 200;
+            exchange.report.status = 200;
             exchange.stream.write_piece(sent).expect("send");
         }
         panic!("a handler's fault")
