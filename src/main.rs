@@ -51,7 +51,7 @@ use log::{LevelFilter, debug, error, info, warn};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::retry_on_intr;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
-use serde::{Deserialize, Deserializer, de::DeserializeOwned, de::Error as _};
+use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use serde_yaml::{Mapping, Value as Yaml};
 use subtle::ConstantTimeEq;
@@ -178,7 +178,7 @@ fn run() -> Result<(), Error> {
         [Some("--version")] => return print(VERSION),
         _ => return Err(Error::config("expected --config PATH; see --help")),
     };
-    let config = Config::load(path)?;
+    let config = Config::load(path)?.find_providers()?;
     start_log(config.log_level);
     let _claim = claim(&config.state_dir)?;
     let mut gate = Gate::open(config)?;
@@ -892,8 +892,10 @@ impl Exchange {
 
 impl Proxy {
     fn new(config: Config, verdict: Sender<Verdict>, ring: UnixStream) -> Result<Proxy, Error> {
-        let settings = config.providers()?.into_iter();
-        let upstreams = settings.map(|settings| Upstream::new(settings, &config));
+        let upstreams = config
+            .providers
+            .iter()
+            .map(|settings| Upstream::new(settings, &config));
         Ok(Proxy {
             upstreams: upstreams.collect::<Result<_, _>>()?,
             config,
@@ -1663,16 +1665,19 @@ struct Upstream {
 }
 
 impl Upstream {
-    fn new(settings: ProviderSettings, config: &Config) -> Result<Upstream, Error> {
+    fn new(settings: &ProviderSettings, config: &Config) -> Result<Upstream, Error> {
         let (provider, time) = (settings.provider, Some(config.request_timeout));
-        let base_url = settings.base_url.unwrap_or(provider.base_url.into());
-        let token_url = settings.token_url.unwrap_or(provider.token_url.into());
-        let calls = agent(config, &token_url)?
+        let ProviderSettings {
+            base_url,
+            token_url,
+            ..
+        } = settings;
+        let calls = agent(config, token_url)?
             .timeout_global(Some(TOKEN_TIME))
             .max_idle_connections(0);
         // An address needs no resolver, whose time limit costs a thread a request.
         let named = base_url.parse().is_ok_and(|uri| address_of(&uri).is_none());
-        let requests = agent(config, &base_url)?
+        let requests = agent(config, base_url)?
             .timeout_resolve(time.filter(|_| named))
             .timeout_connect(time)
             .timeout_per_write(time)
@@ -1684,13 +1689,13 @@ impl Upstream {
         let resolver = DefaultResolver::default();
         Ok(Upstream {
             provider,
-            base_url,
-            headers: settings.headers,
+            base_url: base_url.clone(),
+            headers: settings.headers.clone(),
             agent: ureq::Agent::with_parts(requests.build(), connector, resolver),
             credential: Arc::new(Credential {
                 provider,
                 path: provider.path(&config.state_dir),
-                token_url,
+                token_url: token_url.clone(),
                 agent: calls.build().new_agent(),
                 interval: config.refresh_check_interval,
                 turn: Mutex::default(),
@@ -2292,52 +2297,86 @@ fn answer_head(parts: &http::response::Parts, bodyless: bool, asked: &mut Head) 
 // file, the field, what was found and what would be right; what was found is not shown where it
 // could be a secret.
 
-#[derive(Deserialize)]
-#[serde(default, deny_unknown_fields)]
 struct Config {
-    #[serde(deserialize_with = "addresses")]
     listen: Vec<SocketAddr>,
-    #[serde(deserialize_with = "folder")]
     state_dir: PathBuf,
-    #[serde(deserialize_with = "log_level")]
     log_level: LevelFilter,
     providers: Vec<ProviderSettings>,
     users: Vec<User>,
-    #[serde(deserialize_with = "duration")]
     request_timeout: Duration,
-    #[serde(deserialize_with = "duration")]
     stream_idle_timeout: Duration,
-    #[serde(deserialize_with = "duration")]
     refresh_check_interval: Duration,
     workers: NonZeroU16,
-    #[serde(deserialize_with = "proxy")]
     proxy: Option<ureq::Proxy>,
-    #[serde(deserialize_with = "tls")]
     tls: Option<Tls>,
 }
 
-impl Default for Config {
-    fn default() -> Config {
-        Config {
-            listen: every_interface(8080),
-            state_dir: expand("~/.ai-mux".into()).unwrap_or_default(),
-            log_level: LevelFilter::Info,
-            providers: Vec::new(),
-            users: Vec::new(),
-            request_timeout: Duration::from_secs(60),
-            stream_idle_timeout: Duration::from_secs(300),
-            refresh_check_interval: Duration::from_secs(600),
-            workers: const { NonZeroU16::new(64).unwrap() }, // not zero, as the compiler sees
-            proxy: None,
-            tls: None,
-        }
-    }
+struct ProviderSettings {
+    provider: &'static Provider,
+    headers: HeaderMap,
+    base_url: String,
+    token_url: String,
+}
+
+struct User {
+    name: String,
+    token: Secret,
+}
+
+/// The file as it stands there: a field without a value is as good as none.
+#[derive(Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    expecting = "lines of the form NAME: VALUE"
+)]
+struct RawConfig {
+    listen: Yaml,
+    state_dir: Yaml,
+    log_level: Yaml,
+    providers: Option<Vec<Yaml>>,
+    users: Option<Vec<RawUser>>,
+    request_timeout: Yaml,
+    stream_idle_timeout: Yaml,
+    refresh_check_interval: Yaml,
+    workers: Yaml,
+    proxy: Yaml,
+    tls: Option<RawTls>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    expecting = "a name, or a mapping with one"
+)]
+struct RawProvider {
+    name: Yaml,
+    headers: Option<HashMap<String, Yaml>>,
+    base_url: Yaml,
+    token_url: Yaml,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "name and token")]
+struct RawUser {
+    name: Yaml,
+    token: Yaml,
+    token_file: Option<PathBuf>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a mapping")]
+struct RawTls {
+    enabled: Option<bool>,
+    cert_path: Option<PathBuf>,
+    key_path: Option<PathBuf>,
 }
 
 impl Config {
     fn load(path: Option<&Path>) -> Result<Config, Error> {
         let Some(path) = path else {
-            return Config::read(Mapping::new()).map_err(Error::config);
+            return Config::read(Yaml::Null).map_err(Error::config);
         };
         let wrong = |e: &dyn Display| {
             let line = format!("{}: {e}", path.display());
@@ -2348,75 +2387,134 @@ impl Config {
             true => serde_json::from_str(&text).map_err(|e| wrong(&e))?,
             false => serde_yaml::from_str(&text).map_err(|e| wrong(&e))?,
         };
-        let fields = match file {
-            Yaml::Null => Mapping::new(),
-            Yaml::Mapping(fields) => fields,
-            _ => return Err(wrong(&"expected lines of the form NAME: VALUE")),
-        };
-        Config::read(fields).map_err(|e| wrong(&e))
+        Config::read(file).map_err(|e| wrong(&e))
     }
 
-    fn read(mut file: Mapping) -> Result<Config, String> {
-        let parse = |fields| serde_path_to_error::deserialize::<_, Config>(Yaml::Mapping(fields));
-        // No value is as good as no field, and a provider may be just its name.
-        let unknown = |name: &Yaml| {
-            let field = Mapping::from_iter([(name.clone(), Yaml::Null)]);
-            let tried = parse(field).err();
-            tried.is_some_and(|e| e.inner().to_string().starts_with("unknown field"))
-        };
-        file.retain(|name, value| !value.is_null() || unknown(name));
-        let providers = file.get_mut("providers").and_then(Yaml::as_sequence_mut);
-        for entry in providers.into_iter().flatten().filter(|e| e.is_string()) {
-            let name = std::mem::take(entry);
-            *entry = Mapping::from_iter([("name".into(), name)]).into();
+    /// Where no provider is configured, takes those that have a credential file.
+    fn find_providers(mut self) -> Result<Config, Error> {
+        if self.providers.is_empty() {
+            let found = PROVIDERS
+                .iter()
+                .filter(|p| p.path(&self.state_dir).exists());
+            let found = found.map(|p| provider(p.name.into()));
+            self.providers = found.collect::<Result<_, _>>().map_err(Error::config)?;
         }
-        let config = parse(file).map_err(field_error)?;
-        config.check().map(|()| config)
+        let [claude, chatgpt] = PROVIDERS.each_ref().map(|p| p.path(&self.state_dir));
+        let why = format!("neither {claude:?} nor {chatgpt:?} is there; log in first");
+        let lack = || Error::start("find a login", why);
+        let found = !self.providers.is_empty();
+        found.then_some(self).ok_or_else(lack)
     }
 
-    /// What one field alone cannot tell.
-    fn check(&self) -> Result<(), String> {
-        let same = |a: &User, b: &User| a.name == b.name || a.token == b.token;
-        if let Some(user) = repeated(&self.users, same) {
-            return Err(format!("users: found {:?} or its token again", user.name));
-        }
-        let same = |a: &ProviderSettings, b: &ProviderSettings| a.provider.name == b.provider.name;
-        if let Some(again) = repeated(&self.providers, same) {
+    fn read(file: Yaml) -> Result<Config, String> {
+        let raw: RawConfig = parse(file)?;
+        let state_dir = field("state_dir", raw.state_dir, "~/.ai-mux", FOLDER)?;
+        let providers = raw.providers.unwrap_or_default().into_iter();
+        let providers: Vec<_> = providers.map(provider).collect::<Result<_, _>>()?;
+        if let Some(again) = repeated(&providers, |a, b| a.provider.name == b.provider.name) {
             let name = again.provider.name;
             return Err(format!("providers: found {name} again, expected each once"));
         }
-        if self.refresh_check_interval < Duration::from_secs(1) {
-            let found = self.refresh_check_interval;
-            return Err(format!(
-                "refresh_check_interval: found {found:?}, expected at least 1s"
-            ));
+        let users = raw.users.unwrap_or_default().into_iter();
+        let users: Vec<_> = users.map(user).collect::<Result<_, _>>()?;
+        if let Some(again) = repeated(&users, |a, b| a.name == b.name || a.token == b.token) {
+            return Err(format!("users: found {:?} or its token again", again.name));
         }
-        if self.state_dir.as_os_str().is_empty() {
-            return Err("state_dir: no HOME for its default, expected a path".into());
-        }
-        Ok(())
-    }
-
-    /// Those configured, or, where none is, those that have a credential file.
-    fn providers(&self) -> Result<Vec<ProviderSettings>, Error> {
-        if !self.providers.is_empty() {
-            return Ok(self.providers.clone());
-        }
-        let path = |provider: &Provider| provider.path(&self.state_dir);
-        let found = PROVIDERS.iter().filter(|p| path(p).exists());
-        let found: Vec<_> = found.map(ProviderSettings::new).collect();
-        let [claude, chatgpt] = PROVIDERS.each_ref().map(path);
-        let why = format!("neither {claude:?} nor {chatgpt:?} is there; log in first");
-        let lack = || Error::start("find a login", why);
-        Some(found).filter(|f| !f.is_empty()).ok_or_else(lack)
+        Ok(Config {
+            listen: field("listen", raw.listen, ":8080", ADDRESSES)?,
+            state_dir,
+            log_level: field("log_level", raw.log_level, "info", LEVEL)?,
+            providers,
+            users,
+            request_timeout: field("request_timeout", raw.request_timeout, "60s", DURATION)?,
+            stream_idle_timeout: field(
+                "stream_idle_timeout",
+                raw.stream_idle_timeout,
+                "5m",
+                DURATION,
+            )?,
+            refresh_check_interval: field(
+                "refresh_check_interval",
+                raw.refresh_check_interval,
+                "10m",
+                INTERVAL,
+            )?,
+            workers: field("workers", raw.workers, "64", WORKERS)?,
+            proxy: field("proxy", raw.proxy, "", PROXY)?,
+            tls: tls(raw.tls.unwrap_or_default()).map_err(|e| format!("tls.{e}"))?,
+        })
     }
 }
 
-/// Which field is wrong, and why, without what could be a secret.
+/// What of the file has the right shape; or which part of it has not.
+fn parse<T: DeserializeOwned + Default>(file: Yaml) -> Result<T, String> {
+    let parsed = serde_path_to_error::deserialize::<_, Option<T>>(file);
+    Ok(parsed.map_err(field_error)?.unwrap_or_default())
+}
+
+/// A provider may be just its name.
+fn provider(mut entry: Yaml) -> Result<ProviderSettings, String> {
+    if entry.is_string() {
+        entry = Mapping::from_iter([("name".into(), entry)]).into();
+    }
+    let raw: RawProvider = parse(entry).map_err(|e| format!("providers: {e}"))?;
+    let provider = field("providers: name", raw.name, "", PROVIDER)?;
+    Ok(ProviderSettings {
+        provider,
+        headers: headers(raw.headers.unwrap_or_default())?,
+        base_url: field("base_url", raw.base_url, provider.base_url, URL)?,
+        token_url: field("token_url", raw.token_url, provider.token_url, URL)?,
+    })
+}
+
+fn user(raw: RawUser) -> Result<User, String> {
+    let name = field("users: name", raw.name, "", NAME)?;
+    let token = match (raw.token, raw.token_file) {
+        (token, None) => token,
+        (Yaml::Null, Some(path)) => match fs::read_to_string(&path) {
+            Ok(text) => text.trim().into(),
+            Err(e) => return Err(format!("users: token_file {}: {e}", path.display())),
+        },
+        _ => return Err(format!("users: {name:?}: expected token or token_file")),
+    };
+    let token = field(&format!("users: {name:?}: token"), token, "", TOKEN)?;
+    Ok(User { name, token })
+}
+
+fn headers(found: HashMap<String, Yaml>) -> Result<HeaderMap, String> {
+    let mut headers = HeaderMap::new();
+    for (name, value) in found {
+        let key = HeaderName::try_from(&name).ok();
+        let key = key.filter(|key| !is_reserved(key.as_str()) && !headers.contains_key(key));
+        let value = HeaderValue::from_str(value.as_str().unwrap_or("\n")).ok();
+        let Some((key, value)) = key.zip(value) else {
+            let name = name.split(':').next().unwrap_or_default();
+            let right = "a header that may be set, once, with a value in ASCII";
+            return Err(format!("providers: headers: {name:?} is not {right}"));
+        };
+        headers.insert(key, value);
+    }
+    Ok(headers)
+}
+
+fn tls(raw: RawTls) -> Result<Option<Tls>, String> {
+    match (raw.enabled, raw.cert_path, raw.key_path) {
+        (Some(true), Some(cert), Some(key)) => Tls::open([cert, key]).map(Some),
+        (Some(true), _, _) => Err("enabled: expected cert_path and key_path beside it".into()),
+        _ => Ok(None),
+    }
+}
+
+/// The first item that one before it equals.
+fn repeated<T>(items: &[T], same: impl Fn(&T, &T) -> bool) -> Option<&T> {
+    let again = |at: &usize| items[..*at].iter().any(|other| same(other, &items[*at]));
+    (1..items.len()).find(again).map(|at| &items[at])
+}
+
+/// Which part of the file has the wrong shape, without what could be a secret.
 fn field_error(e: serde_path_to_error::Error<serde_yaml::Error>) -> String {
     let (mut path, mut why) = (e.path().to_string(), e.inner().to_string());
-    let secrets = ["users", "proxy", "headers"];
-    if secrets.iter().any(|secret| path.contains(secret)) {
+    if path == "." || path.contains("users") || path.contains("headers") {
         // Even a key can be one, if the space behind its colon was left out.
         path.truncate(path.find(':').unwrap_or(path.len()));
         if let Some((place, key)) = path.rsplit_once('.')
@@ -2432,210 +2530,107 @@ fn field_error(e: serde_path_to_error::Error<serde_yaml::Error>) -> String {
     format!("{path}: {why}")
 }
 
-/// The first item that one before it equals.
-fn repeated<T>(items: &[T], same: impl Fn(&T, &T) -> bool) -> Option<&T> {
-    let again = |at: &usize| items[..*at].iter().any(|other| same(other, &items[*at]));
-    (1..items.len()).find(again).map(|at| &items[at])
-}
-
-/// A provider, as configured.
-#[derive(Clone, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a name, or a mapping with one")]
-struct ProviderSettings {
-    #[serde(rename = "name", deserialize_with = "provider")]
-    provider: &'static Provider,
-    #[serde(default, deserialize_with = "headers")]
-    headers: HeaderMap,
-    #[serde(default, deserialize_with = "url")]
-    base_url: Option<String>,
-    #[serde(default, deserialize_with = "url")]
-    token_url: Option<String>,
-}
-
-impl ProviderSettings {
-    fn new(provider: &'static Provider) -> ProviderSettings {
-        ProviderSettings {
-            provider,
-            headers: HeaderMap::new(),
-            base_url: None,
-            token_url: None,
-        }
-    }
-}
-
-#[derive(Clone, Deserialize)]
-#[serde(try_from = "RawUser")]
-struct User {
-    name: String,
-    token: Secret,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a mapping with name and token")]
-struct RawUser {
-    name: String,
-    token: Option<String>,
-    token_file: Option<PathBuf>,
-}
-
-impl TryFrom<RawUser> for User {
-    type Error = String;
-
-    fn try_from(raw: RawUser) -> Result<User, String> {
-        let name = raw.name;
-        if name.is_empty() || name.contains(char::is_control) {
-            return Err("expected a name without control characters".into());
-        }
-        let text = match (raw.token, &raw.token_file) {
-            (Some(token), None) => Ok(token),
-            (None, Some(path)) => fs::read_to_string(path)
-                .map(|text| text.trim().to_owned())
-                .map_err(|e| format!("token_file {}: {e}", path.display())),
-            _ => Err("expected one of `token` and `token_file`".into()),
-        }?;
-        let long = text.len() >= 16 && !text.contains(' ');
-        let token = Secret::new(&text).filter(|_| long);
-        let right = "a token of 16 or more visible ASCII characters";
-        let token = token.ok_or_else(|| format!("{name:?}: expected {right}"))?;
-        Ok(User { name, token })
-    }
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "a mapping")]
-struct RawTls {
-    enabled: bool,
-    cert_path: Option<PathBuf>,
-    key_path: Option<PathBuf>,
-}
-
-fn tls<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Tls>, D::Error> {
-    let raw = RawTls::deserialize(from)?;
-    if !raw.enabled {
-        return Ok(None);
-    }
-    let files = raw.cert_path.zip(raw.key_path);
-    let (cert, key) = files.ok_or_else(|| D::Error::custom("expected `cert_path`, `key_path`"))?;
-    Tls::open([cert, key]).map(Some).map_err(D::Error::custom)
-}
-
-/// A field, read as `R` and made into what it stands for; `right` says what it can be.
-fn checked<'de, D: Deserializer<'de>, R: DeserializeOwned, T>(
-    from: D,
-    right: &str,
-    made: impl FnOnce(R) -> Option<T>,
-) -> Result<T, D::Error> {
-    let found = Yaml::deserialize(from)?;
-    let text = serde_json::to_string(&found).unwrap_or_default();
+/// What a field, or its default, stands for.
+fn field<T>(name: &str, found: Yaml, default: &str, kind: Kind<T>) -> Result<T, String> {
+    let (right, made) = kind;
+    let found = Some(found).filter(|found| !found.is_null());
+    let value = found.unwrap_or_else(|| serde_yaml::from_str(default).unwrap_or_default());
+    let text = serde_json::to_string(&value).unwrap_or_default();
     // A URL with a user in it has a password in it.
-    let shown = if text.contains('@') {
-        "what is not shown"
-    } else {
-        &text
+    let secret = name.ends_with("token") || name == "proxy" || text.contains('@');
+    let shown = if secret { "what is not shown" } else { &text };
+    made(&value).ok_or_else(|| format!("{name}: found {shown}, expected {right}"))
+}
+
+/// What a field can be, in words; and what a value stands for, if it is that.
+type Kind<T> = (&'static str, fn(&Yaml) -> Option<T>);
+
+const ADDRESSES: Kind<Vec<SocketAddr>> = ("\":PORT\" or \"HOST:PORT\"", |value| {
+    let text = value.as_str()?;
+    let Some(port) = text.strip_prefix(':') else {
+        return Some(text.to_socket_addrs().ok()?.collect());
     };
-    let wrong = || D::Error::custom(format!("found {shown}, expected {right}"));
-    serde_yaml::from_value(found)
-        .ok()
-        .and_then(made)
-        .ok_or_else(wrong)
-}
+    let port: u16 = port.parse().ok()?;
+    let (v6, v4) = (Ipv6Addr::UNSPECIFIED, Ipv4Addr::UNSPECIFIED);
+    Some(vec![(v6, port).into(), (v4, port).into()])
+});
 
-fn addresses<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<SocketAddr>, D::Error> {
-    let right = "\":PORT\" or \"HOST:PORT\"";
-    checked(from, right, |text: String| match text.strip_prefix(':') {
-        Some(port) => port.parse().ok().map(every_interface),
-        None => Some(text.to_socket_addrs().ok()?.collect()),
-    })
-}
-
-fn every_interface(port: u16) -> Vec<SocketAddr> {
-    let hosts: [IpAddr; 2] = [Ipv6Addr::UNSPECIFIED.into(), Ipv4Addr::UNSPECIFIED.into()];
-    hosts.map(|host| SocketAddr::new(host, port)).to_vec()
-}
-
-fn folder<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
-    checked(from, "a path, or ~/PATH where HOME is set", expand)
-}
-
-fn expand(path: String) -> Option<PathBuf> {
+const FOLDER: Kind<PathBuf> = ("a path, or ~/PATH where HOME is set", |value| {
+    let path = value.as_str().filter(|path| !path.is_empty())?;
     match path.strip_prefix('~') {
-        None => Some(PathBuf::from(path)).filter(|path| !path.as_os_str().is_empty()),
+        None => Some(path.into()),
         Some(rest) if !rest.is_empty() && !rest.starts_with('/') => None,
-        Some(rest) => Some(PathBuf::from(std::env::var_os("HOME")?).join(rest.trim_matches('/'))),
+        Some(rest) => Some(Path::new(&std::env::var_os("HOME")?).join(rest.trim_matches('/'))),
     }
-}
+});
 
-fn log_level<'de, D: Deserializer<'de>>(from: D) -> Result<LevelFilter, D::Error> {
-    checked(from, "debug, info, warn or error", |text: String| {
-        let offered = ["debug", "info", "warn", "error"].contains(&text.as_str());
-        text.parse().ok().filter(|_| offered)
-    })
-}
+const LEVEL: Kind<LevelFilter> = ("debug, info, warn or error", |value| {
+    match value.as_str()? {
+        "off" | "trace" => None,
+        text => text.parse().ok(),
+    }
+});
 
-fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
-    checked(from, "60s, 1h30m or the like, or seconds", |value: Yaml| {
-        let seconds = value.as_u64().map(Duration::from_secs);
-        let time = seconds.or_else(|| humantime::parse_duration(value.as_str()?).ok())?;
-        Some(time).filter(|time| !time.is_zero() && *time <= FOREVER)
-    })
-}
+const DURATION: Kind<Duration> = ("60s, 1h30m or the like, or seconds", |value| {
+    let seconds = value.as_u64().map(Duration::from_secs);
+    let time = seconds.or_else(|| humantime::parse_duration(value.as_str()?).ok())?;
+    Some(time).filter(|time| !time.is_zero() && *time <= FOREVER)
+});
 
-fn proxy<'de, D: Deserializer<'de>>(from: D) -> Result<Option<ureq::Proxy>, D::Error> {
-    checked(
-        from,
-        "http://HOST:PORT, socks5://HOST:PORT or the like",
-        |text: String| {
-            whole_uri(&text)
-                .and_then(|_| ureq::Proxy::new(&text).ok())
-                .map(Some)
-        },
-    )
-}
+const INTERVAL: Kind<Duration> = ("a duration of at least 1s", |value| {
+    (DURATION.1)(value).filter(|time| *time >= Duration::from_secs(1))
+});
+
+const WORKERS: Kind<NonZeroU16> = ("a number from 1 to 65535", |value| {
+    NonZeroU16::new(value.as_u64()?.try_into().ok()?)
+});
+
+const PROXY: Kind<Option<ureq::Proxy>> = ("http://HOST:PORT, socks5://HOST:PORT", |value| {
+    if value.is_null() {
+        return Some(None);
+    }
+    let text = value.as_str().filter(|text| whole_uri(text).is_some())?;
+    ureq::Proxy::new(text).ok().map(Some)
+});
+
+const PROVIDER: Kind<&Provider> = ("claude or chatgpt", |value| {
+    PROVIDERS.iter().find(|p| Some(p.name) == value.as_str())
+});
+
+const NAME: Kind<String> = ("a name without control characters", |value| {
+    let name = value.as_str()?;
+    let fine = !name.is_empty() && !name.contains(char::is_control);
+    fine.then(|| name.to_owned())
+});
+
+const TOKEN: Kind<Secret> = ("16 or more visible ASCII characters", |value| {
+    let text = value.as_str()?;
+    let fine = text.len() >= 16 && !text.contains(' ');
+    Secret::new(text).filter(|_| fine)
+});
+
+const URL: Kind<String> = (
+    "an https:// URL, or http:// to a loopback address",
+    |value| {
+        let text = value.as_str()?;
+        let uri = whole_uri(text)?;
+        let safe = match uri.scheme_str()? {
+            "http" => is_loopback(&uri),
+            scheme => scheme == "https",
+        };
+        let plain = !text.contains(['@', '?', '#']); // no user, no query
+        (safe && plain).then(|| text.trim_end_matches('/').to_owned())
+    },
+);
 
 /// A URL with scheme and host, and with a port that is one, if any.
 fn whole_uri(text: &str) -> Option<http::Uri> {
     let uri: http::Uri = text.parse().ok()?;
     let (authority, host) = (uri.authority()?.as_str(), uri.host()?);
-    let ported = uri
-        .port_u16()
-        .map_or(authority.ends_with(host), |port| port > 0);
+    let portless = || authority.ends_with(host);
+    let ported = uri.port_u16().map_or_else(portless, |port| port > 0);
     let whole = uri.scheme().is_some() && !host.is_empty() && ported;
     whole.then_some(uri)
-}
-
-fn provider<'de, D: Deserializer<'de>>(from: D) -> Result<&'static Provider, D::Error> {
-    let known = |name: String| PROVIDERS.iter().find(|p| p.name == name);
-    checked(from, "claude or chatgpt", known)
-}
-
-fn headers<'de, D: Deserializer<'de>>(from: D) -> Result<HeaderMap, D::Error> {
-    let mut headers = HeaderMap::new();
-    let found = Option::<HashMap<String, String>>::deserialize(from)?;
-    for (name, value) in found.unwrap_or_default() {
-        let key = HeaderName::try_from(&name).ok();
-        let key = key.filter(|key| !is_reserved(key.as_str()) && !headers.contains_key(key));
-        let Some((key, value)) = key.zip(HeaderValue::from_str(&value).ok()) else {
-            let name = name.split(':').next().unwrap_or_default();
-            let right = "a header that may be set, once, with a value in ASCII";
-            return Err(D::Error::custom(format!("{name:?} is not {right}")));
-        };
-        headers.insert(key, value);
-    }
-    Ok(headers)
-}
-
-fn url<'de, D: Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
-    let right = "https://HOST/PATH, or http:// to a loopback address; no user, no query";
-    checked(from, right, |text: Option<String>| {
-        let Some(text) = text else { return Some(None) };
-        let uri = whole_uri(&text)?;
-        let safe = match uri.scheme_str()? {
-            "http" => is_loopback(&uri),
-            scheme => scheme == "https",
-        };
-        let plain = !text.contains(['@', '?', '#']);
-        (safe && plain).then(|| Some(text.trim_end_matches('/').to_owned()))
-    })
 }
 
 // ─── replies and errors ──────────────────────────────────────────────────────────────────────
