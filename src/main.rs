@@ -3,25 +3,24 @@
 //! keeps that one fresh and safely on disk, and streams the answer back as it comes.
 //!
 //! ```text
-//! client ══ TCP/TLS ══> gate, queue ── request line ──> tiny_http ──> worker ──> ureq ══> upstream
-//!    ^                   │     over the inner connection                │
-//!    │                   └─ parks the exchange ────────────────────────> takes it: token, body,
-//!    └──────────────────────── answer, piece by piece ────────────────── then gives the stream back
+//! client ══ TCP/TLS ══> gate, queue ── ticket ──> tiny_http ──> worker ──> ureq ══> upstream
+//!    ^                   │                                        │
+//!    │                   └─ parks the exchange ──────────────────> takes it: token, body,
+//!    └──────────────────────── answer, piece by piece ──────────── then gives the stream back
 //!
-//! credential file <══ keeper ══> token endpoint
+//! credential file <══ refresh, in turn ══> token endpoint
 //! ```
 //!
 //! The **gate** is one thread that meets all clients: it takes in what they send without waiting
 //! for any one of them, and refuses what is malformed or ambiguous. A whole head becomes an
 //! **exchange**, which waits in its queue until one of the **workers**, a fixed pool, is free.
-//! Then it is *parked* under a number, and the request line and that number go over the **inner
-//! connection** to tiny_http, which hands them to the worker, but never meets the network, where
-//! it has no deadlines, hangs under a burst, and aborts on an absurd length. The worker takes the
-//! exchange, and now waits as long as it must: it alone reads the body and writes the answer, and
-//! it ends with a **verdict** on what becomes of the stream. A **keeper** for each provider
-//! refreshes its login; it alone calls the token endpoint and writes the credential file. A
-//! **reply** is an answer of ai-mux's own; everything else that a client hears comes from
-//! **upstream**.
+//! Then it is *parked*, and a ticket goes over the **inner connection** to tiny_http, which hands
+//! it to a worker, but never meets the network, where it has no deadlines, hangs under a burst,
+//! and aborts on an absurd length. The worker takes the exchange, and now waits as long as it
+//! must: it alone reads the body and writes the answer, and it ends with a **verdict** on what
+//! becomes of the stream. A **credential** is a provider's login; whoever finds it ageing, a
+//! worker or its **keeper** in the background, refreshes it, one at a time. A **reply** is an
+//! answer of ai-mux's own; everything else that a client hears comes from **upstream**.
 //!
 //! The file reads from the story to the reference: limits, main, gate, server, handler,
 //! credential, upstream, stream, config, replies and errors, log. A callee stands below its caller.
@@ -1328,18 +1327,17 @@ impl Credential {
     /// it is not whole, or being written; `NotFound` or `InvalidInput` if that will last.
     fn read(&self) -> io::Result<(Stamp, Value)> {
         let user = rustix::process::geteuid().as_raw();
+        let remedy = format!("(chown -R {user} {})", self.folder());
         let failed = |e: io::Error| match e.kind() {
             kind @ ErrorKind::NotFound => self.lack(kind, "is not there"),
-            kind => {
-                let folder = self.folder();
-                let what = format!("cannot be read by user {user}: {e} (chown -R {user} {folder})");
-                self.lack(kind, &what)
-            }
+            kind => self.lack(
+                kind,
+                &format!("cannot be read by user {user}: {e} {remedy}"),
+            ),
         };
         let meta = fs::metadata(&self.path).map_err(failed)?;
         if meta.uid() != user {
-            let (owner, folder) = (meta.uid(), self.folder());
-            let what = format!("is user {owner}'s, not ai-mux's (chown -R {user} {folder})");
+            let what = format!("is user {}'s, not ai-mux's {remedy}", meta.uid());
             return Err(self.lack(ErrorKind::InvalidInput, &what));
         }
         if !meta.is_file() || meta.len() > FILE_SIZE {
@@ -1601,14 +1599,9 @@ fn agent(config: &Config, url: &str) -> Result<AgentConfig, Error> {
     let uri: http::Uri = url.parse().map_err(|e| Error::start(url, e))?;
     let mut proxy = config.proxy.clone();
     let mut names = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].into_iter();
-    let set = |name| {
-        Some((
-            name,
-            std::env::var(name).ok().filter(|text| !text.is_empty())?,
-        ))
-    };
+    let set = |name| std::env::var(name).ok().filter(|text| !text.is_empty());
     if proxy.is_none()
-        && let Some((name, text)) = names.find_map(set)
+        && let Some((name, text)) = names.find_map(|name| Some(name).zip(set(name)))
     {
         let wrong = |_| Error::start(format!("{name} (not shown)"), "expected a proxy's URL");
         let found = ureq::Proxy::new(&text).map_err(wrong)?;
@@ -1667,17 +1660,13 @@ struct Upstream {
 impl Upstream {
     fn new(settings: &ProviderSettings, config: &Config) -> Result<Upstream, Error> {
         let (provider, time) = (settings.provider, Some(config.request_timeout));
-        let ProviderSettings {
-            base_url,
-            token_url,
-            ..
-        } = settings;
-        let calls = agent(config, token_url)?
+        let (base_url, token_url) = (settings.base_url.clone(), settings.token_url.clone());
+        let calls = agent(config, &token_url)?
             .timeout_global(Some(TOKEN_TIME))
             .max_idle_connections(0);
         // An address needs no resolver, whose time limit costs a thread a request.
         let named = base_url.parse().is_ok_and(|uri| address_of(&uri).is_none());
-        let requests = agent(config, base_url)?
+        let requests = agent(config, &base_url)?
             .timeout_resolve(time.filter(|_| named))
             .timeout_connect(time)
             .timeout_per_write(time)
@@ -1685,17 +1674,17 @@ impl Upstream {
             .timeout_recv_body(Some(FOREVER)) // so that a wire can tell that it is in a body
             .max_idle_connections(config.workers.get().into())
             .max_idle_connections_per_host(config.workers.get().into());
-        let connector = DefaultConnector::new().chain(WithLimit(config.stream_idle_timeout));
+        let connector = DefaultConnector::new().chain(Wire((), config.stream_idle_timeout));
         let resolver = DefaultResolver::default();
         Ok(Upstream {
             provider,
-            base_url: base_url.clone(),
+            base_url,
             headers: settings.headers.clone(),
             agent: ureq::Agent::with_parts(requests.build(), connector, resolver),
             credential: Arc::new(Credential {
                 provider,
                 path: provider.path(&config.state_dir),
-                token_url: token_url.clone(),
+                token_url,
                 agent: calls.build().new_agent(),
                 interval: config.refresh_check_interval,
                 turn: Mutex::default(),
@@ -1711,20 +1700,17 @@ impl Upstream {
         let request = http::Request::builder().method(method).uri(url).body(());
         let mut request = request.map_err(|_| malformed("it cannot be passed on"))?;
         let headers = request.headers_mut();
-        for (name, value) in &head.fields {
-            if !self.is_dropped(name.as_str()) && !lists(&head.fields, "connection", name.as_str())
-            {
-                headers.append(name, value.clone());
-            }
+        let own = |name: &str| self.is_dropped(name) || lists(&head.fields, "connection", name);
+        for (name, value) in head.fields.iter().filter(|(name, _)| !own(name.as_str())) {
+            headers.append(name, value.clone());
         }
-        let usual = matches!(method, "POST" | "PUT" | "PATCH");
         match head.framing {
             Framing::Sized(length) => headers.insert(CONTENT_LENGTH, length.into()),
-            Framing::Chunked => {
-                headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"))
-            }
+            Framing::Chunked => headers.insert(TRANSFER_ENCODING, header_value("chunked")),
             // Without it ureq would send these chunked (RFC 9110 section 8.6 wants it anyway).
-            Framing::Empty if usual => headers.insert(CONTENT_LENGTH, 0.into()),
+            Framing::Empty if matches!(method, "POST" | "PUT" | "PATCH") => {
+                headers.insert(CONTENT_LENGTH, 0.into())
+            }
             Framing::Empty => None,
         };
         for (name, value) in &self.headers {
@@ -1738,10 +1724,10 @@ impl Upstream {
         } else if let Some(account) = &token.account {
             headers.insert("chatgpt-account-id", header_value(account.expose()));
         }
-        let fits = |(name, value): (&HeaderName, &HeaderValue)| {
-            name.as_str().len() + value.len() < LINE_SIZE
-        };
-        let fit = headers.iter().all(fits);
+        let mut sizes = headers
+            .iter()
+            .map(|(name, value)| name.as_str().len() + value.len());
+        let fit = sizes.all(|size| size < LINE_SIZE);
         fit.then_some(request).ok_or_else(head_too_large)
     }
 
@@ -1757,9 +1743,10 @@ impl Upstream {
     /// Asks upstream.
     fn send(&self, url: &str, token: &Token, asked: &mut Exchange) -> Result<Answer, Fault> {
         let request = self.outgoing(url, token, &asked.head)?;
-        let headers = request.headers();
-        let bodied =
-            headers.contains_key(CONTENT_LENGTH) || headers.contains_key(TRANSFER_ENCODING);
+        let bodied = [CONTENT_LENGTH, TRANSFER_ENCODING];
+        let bodied = bodied
+            .iter()
+            .any(|name| request.headers().contains_key(name));
         let answer = match bodied {
             true => {
                 let body = SendBody::from_reader(asked);
@@ -1769,10 +1756,9 @@ impl Upstream {
         };
         answer.map_err(|e| {
             let name = self.provider.name;
+            let late = || format!("{name} did not answer within request_timeout");
             let reply = match e {
-                ureq::Error::Timeout(_) => {
-                    Reply::new(504, format!("{name} did not answer within request_timeout"))
-                }
+                ureq::Error::Timeout(_) => Reply::new(504, late()),
                 e => Reply::new(502, format!("{name} cannot be reached, or broke off: {e}")),
             };
             asked.fault.take().unwrap_or(reply.into())
@@ -1780,23 +1766,18 @@ impl Upstream {
     }
 }
 
-/// Makes ureq's wires keep to `stream_idle_timeout`, which is for bodies: ureq's own limit for each
-/// read would cut a head, a handshake and a proxy's tunnel as well.
-#[derive(Debug)]
-struct WithLimit(Duration);
-
+/// A wire of ureq's that keeps to `stream_idle_timeout`, and what makes one of each. It is for
+/// bodies: ureq's own limit for a read would cut a head, a handshake and a proxy's tunnel as well.
 #[derive(Debug)]
 struct Wire<T>(T, Duration);
 
-impl<T: Transport> Connector<T> for WithLimit {
+type Made<T> = Result<Option<Wire<T>>, ureq::Error>;
+
+impl<T: Transport> Connector<T> for Wire<()> {
     type Out = Wire<T>;
 
-    fn connect(
-        &self,
-        _: &ConnectionDetails,
-        made: Option<T>,
-    ) -> Result<Option<Wire<T>>, ureq::Error> {
-        Ok(made.map(|wire| Wire(wire, self.0)))
+    fn connect(&self, _: &ConnectionDetails, wire: Option<T>) -> Made<T> {
+        Ok(wire.map(|wire| Wire(wire, self.1)))
     }
 }
 
@@ -2682,18 +2663,19 @@ impl Reply {
     /// The whole answer: head, and the body that both vendors' SDKs show; and that one's length.
     fn to_bytes(&self, head_only: bool, last: bool) -> (Vec<u8>, u64) {
         let status = http::StatusCode::from_u16(self.status).unwrap_or_default();
-        let (kind, extra) = match self.status {
-            401 => ("authentication_error", "www-authenticate: Bearer\r\n"),
-            403 => ("permission_error", ""),
-            404 => ("not_found_error", ""),
-            408 | 504 => ("timeout_error", ""),
-            413 | 431 => ("request_too_large", ""),
-            426 => (
-                "invalid_request_error",
-                "upgrade: HTTP/1.1\r\nconnection: upgrade\r\n",
-            ),
-            400 => ("invalid_request_error", ""),
-            _ => ("api_error", ""),
+        let kind = match self.status {
+            400 | 426 => "invalid_request_error",
+            401 => "authentication_error",
+            403 => "permission_error",
+            404 => "not_found_error",
+            408 | 504 => "timeout_error",
+            413 | 431 => "request_too_large",
+            _ => "api_error",
+        };
+        let extra = match self.status {
+            401 => "www-authenticate: Bearer\r\n",
+            426 => "upgrade: HTTP/1.1\r\nconnection: upgrade\r\n",
+            _ => "",
         };
         let code = status.canonical_reason().unwrap_or_default();
         let code = code.to_ascii_lowercase().replace(' ', "_");
