@@ -100,7 +100,7 @@ const LINGER_SIZE: usize = 1 << 20;
 const LINGER_TIME: Duration = Duration::from_secs(2);
 /// For a worker to pick up what tiny_http is sent at start.
 const PICKUP_TIME: Duration = Duration::from_secs(5);
-/// How long a worker keeps a stack that grew before a new thread takes its place.
+/// How often workers that have nothing to do are sent home.
 const REST_TIME: Duration = Duration::from_secs(15);
 /// Client connections beyond those that workers serve.
 const SPARE_CONNECTIONS: u64 = 1024;
@@ -116,6 +116,8 @@ const STACK_SIZE: usize = 512 << 10;
 /// of ours the second. Larger ones gain nothing, as each piece is passed on at once.
 const UPSTREAM_INPUT: usize = 16 << 10;
 const UPSTREAM_OUTPUT: usize = LINE_SIZE + 1024;
+/// Idle upstream connections, which keep those buffers; more are closed after a burst.
+const UPSTREAMS_KEPT: usize = 32;
 /// An idle upstream connection; most servers close theirs after 20 s or more.
 const UPSTREAM_IDLE: Duration = Duration::from_secs(15);
 /// A credential file; real ones have 1 to 10 KiB.
@@ -235,14 +237,18 @@ struct Gate {
     /// How many connections there may be, and those without an exchange, the quietest first.
     capacity: usize,
     visitors: Vec<Stream>,
-    /// Exchanges that wait for a worker; how many workers there are, and are lent an exchange.
+    /// Exchanges that wait for a worker; how many of those there may be, there are, and have an
+    /// exchange; and when those that have none are sent home.
     queue: VecDeque<Exchange>,
     workers: usize,
+    hired: usize,
     lent: usize,
+    rest: Instant,
     verdicts: Receiver<Verdict>,
     /// Gets a byte for each request that a worker is done with, and for each signal.
     bell: UnixStream,
     stopping: Arc<AtomicBool>,
+    server: Arc<tiny_http::Server>,
     inner: UnixStream,
     /// The log knows that new connections wait.
     warned: bool,
@@ -262,7 +268,7 @@ impl Gate {
         let (verdict, verdicts) = mpsc::channel();
         let tls = config.tls.clone();
         let proxy = Arc::new(Proxy::new(config, verdict, ring)?);
-        let inner = serve(&proxy, workers, &bell).map_err(failed)?;
+        let (server, inner) = serve(&proxy, &bell).map_err(failed)?;
         for upstream in &proxy.upstreams {
             let credential = upstream.credential.clone();
             spawn("keeper", move || credential.keep()).map_err(failed)?;
@@ -275,10 +281,13 @@ impl Gate {
             visitors: Vec::new(),
             queue: VecDeque::new(),
             workers,
+            hired: 0,
             lent: 0,
+            rest: Instant::now(),
             verdicts,
             bell,
             stopping,
+            server,
             inner,
             warned: false,
         })
@@ -306,6 +315,7 @@ impl Gate {
                 self.settle(verdict);
             }
             self.dispatch();
+            self.send_home();
             if knock {
                 self.admit();
             }
@@ -341,7 +351,8 @@ impl Gate {
     fn wait(&self, end: Option<Instant>) -> io::Result<(bool, Vec<bool>)> {
         let waiting = self.queue.front().map(|exchange| exchange.stream.due());
         let renewal = self.tls.as_ref().map(|tls| tls.next);
-        let dues = [end, waiting, renewal].into_iter().flatten();
+        let rest = Some(self.rest).filter(|_| self.hired > self.lent);
+        let dues = [end, waiting, renewal, rest].into_iter().flatten();
         let due = dues.chain(self.visitors.iter().map(Stream::due)).min();
         let time = due.and_then(|due| left_until(due).try_into().ok());
 
@@ -418,16 +429,23 @@ impl Gate {
         self.queue.push_back(exchange);
     }
 
-    /// Parks an exchange for each worker that has none, with a ticket; refuses those that have
-    /// waited too long for one.
+    /// Parks an exchange for each worker that has none, or that may still be hired, with a ticket;
+    /// refuses those that have waited too long for one.
     fn dispatch(&mut self) {
         while self.lent < self.workers
             && let Some(exchange) = self.queue.pop_front()
         {
+            if self.lent == self.hired
+                && let Err(e) = hire(&self.server, &self.proxy)
+            {
+                warn!("start a worker: {e}");
+                self.queue.push_front(exchange);
+                break;
+            }
             self.lent += 1;
+            self.hired = self.hired.max(self.lent);
             lock(&self.proxy.parked).push_back(exchange);
-            let sent = self.inner.write_all(TICKET);
-            sent.unwrap_or_else(|e| error!("tiny_http: {e}"));
+            self.send_ticket();
         }
         while self.queue.front().is_some_and(|e| e.stream.is_due())
             && let Some(exchange) = self.queue.pop_front()
@@ -436,6 +454,21 @@ impl Gate {
             let busy = busy.retry_after(Duration::from_secs(1));
             self.settle(exchange.refuse(busy));
         }
+    }
+
+    /// Ends the workers that have nothing to do: a stack that grew keeps its pages for as long as
+    /// its thread lives.
+    fn send_home(&mut self) {
+        if left_until(self.rest).is_zero() {
+            (self.lent..self.hired).for_each(|_| self.send_ticket());
+            self.hired = self.lent;
+            self.rest = Instant::now() + REST_TIME;
+        }
+    }
+
+    fn send_ticket(&mut self) {
+        let sent = self.inner.write_all(TICKET);
+        sent.unwrap_or_else(|e| error!("tiny_http: {e}"));
     }
 
     /// Takes a stream back from its exchange.
@@ -571,23 +604,22 @@ enum Framing {
 impl Framing {
     /// One length, or one coding (RFC 9112 section 6.3): any second one could be another's first.
     fn of(fields: &HeaderMap) -> Result<Framing, &'static str> {
-        let lengths = fields.get_all(CONTENT_LENGTH).iter().map(|v| (true, v));
-        let codings = fields.get_all(TRANSFER_ENCODING).iter().map(|v| (false, v));
-        let found: Vec<_> = lengths.chain(codings).collect();
-        match found[..] {
-            [] => Ok(Framing::Empty),
-            [(true, value)] => {
-                let digits = value.to_str().unwrap_or_default();
+        let lengths: Vec<_> = fields.get_all(CONTENT_LENGTH).iter().collect();
+        let codings: Vec<_> = fields.get_all(TRANSFER_ENCODING).iter().collect();
+        match (&lengths[..], &codings[..]) {
+            ([], []) => Ok(Framing::Empty),
+            ([length], []) => {
+                let digits = length.to_str().unwrap_or_default();
                 let number = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
                 let length = Framing::Sized(digits.parse().unwrap_or(u64::MAX));
-                number
-                    .then_some(length)
-                    .ok_or("Content-Length is not a number")
+                let wrong = "Content-Length is not a number";
+                number.then_some(length).ok_or(wrong)
             }
-            [(false, value)] if value.as_bytes().eq_ignore_ascii_case(b"chunked") => {
-                Ok(Framing::Chunked)
+            ([], [coding]) => {
+                let chunked = coding.as_bytes().eq_ignore_ascii_case(b"chunked");
+                let wrong = "Transfer-Encoding is not just chunked";
+                chunked.then_some(Framing::Chunked).ok_or(wrong)
             }
-            [_] => Err("Transfer-Encoding is not just chunked"),
             _ => Err("two body lengths"),
         }
     }
@@ -714,24 +746,34 @@ struct Proxy {
     ring: UnixStream,
 }
 
-/// What tiny_http gets for each exchange, and hands to a worker. Always the same, so that the one
-/// which is sent at start proves all: nothing that a client sends can get there.
+/// What tiny_http gets for each exchange, and hands to a worker; with nothing parked, it sends one
+/// home. Always the same, so that the one which is sent at start proves all: nothing that a client
+/// sends can get there.
 const TICKET: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
 
-/// Starts tiny_http and the workers. Out: the inner connection, proven by a ticket that a worker
-/// has picked up.
-fn serve(proxy: &Arc<Proxy>, workers: usize, mut bell: &UnixStream) -> io::Result<UnixStream> {
+/// Starts tiny_http. Out: it and the inner connection, proven by a ticket that a worker picks up.
+fn serve(
+    proxy: &Arc<Proxy>,
+    mut bell: &UnixStream,
+) -> io::Result<(Arc<tiny_http::Server>, UnixStream)> {
     let (listener, mut inner) = inner_connection(&proxy.config.state_dir)?;
     let server = tiny_http::Server::from_listener(listener, None).map_err(io::Error::other)?;
     let server = Arc::new(server);
-    for _ in 0..workers {
-        let (server, proxy) = (server.clone(), proxy.clone());
-        spawn("worker", move || work(&server, &proxy))?;
-    }
+    hire(&server, proxy)?;
     inner.write_all(TICKET)?;
     bell.set_read_timeout(Some(PICKUP_TIME))?;
     bell.read_exact(&mut [0])?;
-    Ok(inner)
+    Ok((server, inner))
+}
+
+/// Starts a worker.
+fn hire(server: &Arc<tiny_http::Server>, proxy: &Arc<Proxy>) -> io::Result<()> {
+    let (server, proxy) = (server.clone(), proxy.clone());
+    spawn("worker", move || {
+        while let Ok(ticket) = server.recv()
+            && proxy.serve(ticket)
+        {}
+    })
 }
 
 /// The two ends of the inner connection, the first still to be accepted. They meet in a private
@@ -752,32 +794,17 @@ fn inner_connection(state_dir: &Path) -> io::Result<(UnixListener, UnixStream)> 
     meet(state_dir.join("inner")).or_else(|_| meet(std::env::temp_dir().join(temporary)))
 }
 
-/// A worker. When it has rested for a while, a new thread takes its place: a stack that grew
-/// keeps its pages for as long as its thread lives.
-fn work(server: &Arc<tiny_http::Server>, proxy: &Arc<Proxy>) {
-    loop {
-        let mut next = server.recv().map(Some);
-        while let Ok(Some(request)) = next {
-            proxy.serve(request);
-            next = server.recv_timeout(REST_TIME);
-        }
-        let (server, proxy) = (server.clone(), proxy.clone());
-        if spawn("worker", move || work(&server, &proxy)).is_ok() {
-            return;
-        }
-    }
-}
-
 impl Proxy {
-    fn serve(&self, ticket: Request) {
+    /// Serves the exchange that has been parked longest, if there is one.
+    fn serve(&self, ticket: Request) -> bool {
         let exchange = lock(&self.parked).pop_front();
-        // None for the ticket that was sent at start.
-        if let Some(exchange) = exchange {
+        let served = exchange.map(|exchange| {
             let answer = AssertUnwindSafe(|| self.answer(exchange));
             let _ = self.verdict.send(catch_unwind(answer).unwrap_or(None));
-        }
+        });
         drop(ticket.into_writer());
         let _ = (&self.ring).write(&[0]);
+        served.is_some()
     }
 
     fn answer(&self, mut exchange: Exchange) -> Verdict {
@@ -1672,8 +1699,8 @@ impl Upstream {
             .timeout_per_write(time)
             .timeout_recv_response(time)
             .timeout_recv_body(Some(FOREVER)) // so that a wire can tell that it is in a body
-            .max_idle_connections(config.workers.get().into())
-            .max_idle_connections_per_host(config.workers.get().into());
+            .max_idle_connections(UPSTREAMS_KEPT)
+            .max_idle_connections_per_host(UPSTREAMS_KEPT);
         let connector = DefaultConnector::new().chain(Wire((), config.stream_idle_timeout));
         let resolver = DefaultResolver::default();
         Ok(Upstream {
