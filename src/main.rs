@@ -185,8 +185,11 @@ fn run() -> Result<(), Error> {
     let mut gate = Gate::open(config)?;
     gate.run();
     // What a keeper or a request that is cut short has begun is not lost.
-    let upstreams = gate.proxy.upstreams.iter();
-    upstreams.for_each(|upstream| upstream.credential.finish());
+    thread::scope(|scope| {
+        for upstream in &gate.proxy.upstreams {
+            scope.spawn(|| upstream.credential.finish());
+        }
+    });
     info!("stopped");
     Ok(())
 }
@@ -1077,6 +1080,11 @@ struct Token {
 }
 
 impl Token {
+    /// Whether both are the same, whatever else is known of them.
+    fn is(&self, other: &Token) -> bool {
+        self.access == other.access && self.refresh == other.refresh
+    }
+
     /// Whether both are of one login, which no refresh has changed in between.
     fn is_of(&self, other: &Option<Token>) -> bool {
         other.as_ref().is_some_and(|t| t.refresh == self.refresh)
@@ -1130,10 +1138,10 @@ impl Credential {
         let due = self.look(false).due(TOKEN_MARGIN, None).cloned();
         if let Some(old) = due {
             let turn = self.turn.try_lock().ok();
-            let good = old.lasts(Duration::ZERO);
-            if let Some(turn) = turn.or_else(|| (!good).then(|| lock(&self.turn))) {
-                self.tend(turn, TOKEN_MARGIN, None);
+            if turn.is_none() && old.lasts(Duration::ZERO) {
+                return Ok(old);
             }
+            self.tend(turn.unwrap_or_else(|| lock(&self.turn)), TOKEN_MARGIN, None);
         }
         let state = self.look(false);
         let dead = |why: &str| Reply::new(503, format!("ai-mux has no login to use: {why}"));
@@ -1170,7 +1178,11 @@ impl Credential {
     /// The keeper: looks at the login every `interval`, and when there is something to try again.
     fn keep(&self) {
         loop {
-            let look = || self.tend(lock(&self.turn), self.interval + TOKEN_MARGIN, None);
+            let look = || {
+                let turn = lock(&self.turn);
+                self.save(None);
+                self.tend(turn, self.interval + TOKEN_MARGIN, None);
+            };
             let _ = catch_unwind(AssertUnwindSafe(look));
             let state = lock(&self.state);
             let retry = state.refresh.failure.as_ref().and_then(|(_, until)| *until);
@@ -1186,16 +1198,15 @@ impl Credential {
         self.save(None);
     }
 
-    /// One look at the login: what is unsaved is written, a token that is due is refreshed.
+    /// Refreshes a token that is due.
     fn tend(&self, _turn: MutexGuard<()>, margin: Duration, rejected: Option<&Secret>) {
-        self.save(None);
         let due = || self.look(true).due(margin, rejected).cloned();
         // Once more, if the login that wins over a refresh is due itself.
         while let Some(old) = due() {
             if let Err((why, least)) = self.refresh(&old) {
                 // Another tool may have refreshed meanwhile; then its login is the newer one.
                 let mut state = self.look(true);
-                if old.is_of(&state.token) {
+                if state.token.as_ref() == Some(&old) {
                     self.fail(&mut state.refresh, why, least);
                 }
             }
@@ -1223,13 +1234,20 @@ impl Credential {
             let why = "the last one is not on disk yet";
             return Err((why.into(), Some(Duration::ZERO)));
         }
+        let passing = |why| (why, Some(Duration::ZERO));
+        self.read().map_err(|e| passing(e.to_string()))?; // or it could not be edited
         let draft = Draft::new(&self.path).map_err(|why| {
             error!("{}: {why}; no token was spent", self.provider.name);
-            (why, Some(Duration::ZERO))
+            passing(why)
         })?;
         let new = self.call(old)?;
-        lock(&self.state).refresh.unsaved = Some((old.clone(), new));
+        info!("{}: refreshed", self.provider.name);
+        lock(&self.state).refresh.unsaved = Some((old.clone(), new.clone()));
         self.save(Some(draft));
+        let mut state = lock(&self.state);
+        if state.token.as_ref().is_some_and(|token| token.is(&new)) {
+            state.refresh.succeeded = Some(SystemTime::now());
+        }
         Ok(())
     }
 
@@ -1248,7 +1266,7 @@ impl Credential {
         let body = answer.body_mut().with_config().limit(TOKEN_SIZE);
         let text = body.read_to_vec().map_err(|e| passing(&e))?;
         let json: Value = serde_json::from_slice(&text).unwrap_or_default();
-        if status != 200 {
+        if !answer.status().is_success() {
             let word = error_word(&json);
             let wait = (!provider.is_final(status, word)).then(|| wait.unwrap_or_default());
             return Err((format!("{url} answered {status} {word}"), wait));
@@ -1273,23 +1291,18 @@ impl Credential {
     fn save(&self, draft: Option<Draft>) {
         let unsaved = lock(&self.state).refresh.unsaved.clone();
         let Some((old, new)) = unsaved else { return };
-        let (name, fresh) = (self.provider.name, draft.is_some());
         let draft = draft.map_or_else(|| Draft::new(&self.path), Ok);
         let saved = draft.and_then(|draft| self.write(&old, &new, draft));
-        if fresh {
-            info!("{name}: refreshed");
-        }
         let mut state = self.look(saved.is_ok());
         // Unless a login of the file's own, or a log-out, has won.
         if let (Err(why), Some(_)) = (saved, &state.refresh.unsaved) {
-            error!("{name}: {why}; the new login is in memory only");
-            state.token = Some(new.clone());
+            error!(
+                "{}: {why}; the new login is in memory only",
+                self.provider.name
+            );
+            state.token = Some(new);
             let why = "the new login is not on disk yet";
             self.fail(&mut state.refresh, why.into(), Some(Duration::ZERO));
-        }
-        let ours = |token: &Token| token.access == new.access;
-        if fresh && state.token.as_ref().is_some_and(ours) {
-            state.refresh.succeeded = Some(SystemTime::now());
         }
     }
 
@@ -1297,12 +1310,18 @@ impl Credential {
     fn write(&self, old: &Token, new: &Token, draft: Draft) -> Result<(), String> {
         let failed = |e: io::Error| format!("write {}: {e}", self.path.display());
         let (read, mut json) = self.read().map_err(failed)?;
-        if old.is_of(&self.provider.token_in(&json)) {
+        let ours = old.is_of(&self.provider.token_in(&json));
+        if ours {
             self.provider.edit(&mut json, new);
             draft.publish(&json, read).map_err(failed)?;
         }
-        let refresh = &mut lock(&self.state).refresh;
+        let mut state = lock(&self.state);
+        if ours {
+            state.token = Some(new.clone());
+        }
+        let refresh = &mut state.refresh;
         (refresh.unsaved, refresh.failure) = (None, None);
+        refresh.backoff = Duration::ZERO;
         Ok(())
     }
 
@@ -1331,12 +1350,21 @@ impl Credential {
         state
     }
 
-    /// Takes a login, or why there is none, unless it is the known one, or older than ours.
+    /// Takes a login, or why there is none, unless it is the known one, or older than ours, or
+    /// ours on its way to the disk.
     fn adopt(&self, state: &mut State, token: Option<Token>, failure: Option<Failure>) {
         let name = self.provider.name;
-        let known = token == state.token && (token.is_some() || failure == state.refresh.failure);
-        let unsaved = state.refresh.unsaved.as_ref();
-        if unsaved.map_or(known, |(old, _)| old.is_of(&token)) {
+        if let Some((old, new)) = &state.refresh.unsaved
+            && (old.is_of(&token) || new.is_of(&token))
+        {
+            return;
+        }
+        let known = match (&token, &state.token) {
+            (Some(token), Some(own)) => token.is(own),
+            (token, own) => token == own && failure == state.refresh.failure,
+        };
+        if known {
+            state.token = token; // what else the file says of it may be new
             return;
         }
         match &failure {
@@ -1608,7 +1636,10 @@ impl Provider {
             // Tools that share the file need a time: an hour, where nobody told one.
             let at = token.expires.unwrap_or(now + Duration::from_secs(3600));
             let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
-            let in_seconds = old.as_f64().is_some_and(|old| (1.0..=1e11).contains(&old));
+            let in_seconds = match old.as_f64() {
+                Some(old) if old >= 1.0 => old <= 1e11,
+                _ => expires == "expires_at",
+            };
             let unit = if in_seconds { 1000 } else { 1 };
             *old = (since.as_millis() as u64 / unit).into();
         }
@@ -2333,11 +2364,7 @@ struct User {
 
 /// The file as it stands there: a field without a value is as good as none.
 #[derive(Default, Deserialize)]
-#[serde(
-    default,
-    deny_unknown_fields,
-    expecting = "lines of the form NAME: VALUE"
-)]
+#[serde(default, deny_unknown_fields, expecting = "NAME: VALUE lines")]
 struct RawConfig {
     listen: Yaml,
     state_dir: Yaml,
@@ -2353,11 +2380,7 @@ struct RawConfig {
 }
 
 #[derive(Default, Deserialize)]
-#[serde(
-    default,
-    deny_unknown_fields,
-    expecting = "a name, or a mapping with one"
-)]
+#[serde(default, deny_unknown_fields, expecting = "a name or a mapping")]
 struct RawProvider {
     name: Yaml,
     headers: Option<HashMap<String, Yaml>>,
@@ -2392,8 +2415,8 @@ impl Config {
         };
         let text = fs::read_to_string(path).map_err(|e| wrong(&e))?;
         let file = match path.extension().is_some_and(|e| e == "json") {
-            true => serde_json::from_str(&text).map_err(|e| wrong(&e))?,
-            false => serde_yaml::from_str(&text).map_err(|e| wrong(&e))?,
+            true => serde_json::from_str(&text).map_err(|e| wrong(&unquoted(e)))?,
+            false => serde_yaml::from_str(&text).map_err(|e| wrong(&unquoted(e)))?,
         };
         Config::read(file).map_err(|e| wrong(&e))
     }
@@ -2416,6 +2439,7 @@ impl Config {
 
     fn read(file: Yaml) -> Result<Config, String> {
         let raw: RawConfig = parse(file)?;
+        let (silence, interval) = (raw.stream_idle_timeout, raw.refresh_check_interval);
         let state_dir = field("state_dir", raw.state_dir, "~/.ai-mux", FOLDER)?;
         let providers = raw.providers.unwrap_or_default().into_iter();
         let providers: Vec<_> = providers.map(provider).collect::<Result<_, _>>()?;
@@ -2435,18 +2459,8 @@ impl Config {
             providers,
             users,
             request_timeout: field("request_timeout", raw.request_timeout, "60s", DURATION)?,
-            stream_idle_timeout: field(
-                "stream_idle_timeout",
-                raw.stream_idle_timeout,
-                "5m",
-                DURATION,
-            )?,
-            refresh_check_interval: field(
-                "refresh_check_interval",
-                raw.refresh_check_interval,
-                "10m",
-                INTERVAL,
-            )?,
+            stream_idle_timeout: field("stream_idle_timeout", silence, "5m", DURATION)?,
+            refresh_check_interval: field("refresh_check_interval", interval, "10m", INTERVAL)?,
             workers: field("workers", raw.workers, "64", WORKERS)?,
             proxy: field("proxy", raw.proxy, "", PROXY)?,
             tls: tls(raw.tls.unwrap_or_default()).map_err(|e| format!("tls.{e}"))?,
@@ -2519,6 +2533,17 @@ fn repeated<T>(items: &[T], same: impl Fn(&T, &T) -> bool) -> Option<&T> {
     (1..items.len()).find(again).map(|at| &items[at])
 }
 
+/// Why the file is none, without what is quoted of it, unless that could be a field's name.
+fn unquoted(e: impl Display) -> String {
+    let mut text = e.to_string();
+    let name = |quoted: &str| quoted.bytes().all(|b| b == b'_' || b.is_ascii_lowercase());
+    if text.split('"').nth(1).is_some_and(|quoted| !name(quoted)) {
+        text.truncate(text.find('"').unwrap_or(text.len()));
+        text += "(not shown)";
+    }
+    text
+}
+
 /// Which part of the file has the wrong shape, without what could be a secret.
 fn field_error(e: serde_path_to_error::Error<serde_yaml::Error>) -> String {
     let (mut path, mut why) = (e.path().to_string(), e.inner().to_string());
@@ -2568,20 +2593,26 @@ const FOLDER: Kind<PathBuf> = ("a path, or ~/PATH where HOME is set", |value| {
     match path.strip_prefix('~') {
         None => Some(path.into()),
         Some(rest) if !rest.is_empty() && !rest.starts_with('/') => None,
-        Some(rest) => Some(Path::new(&std::env::var_os("HOME")?).join(rest.trim_matches('/'))),
+        Some(rest) => {
+            let home = std::env::var_os("HOME").filter(|home| !home.is_empty())?;
+            Some(Path::new(&home).join(rest.trim_matches('/')))
+        }
     }
 });
 
 const LEVEL: Kind<LevelFilter> = ("debug, info, warn or error", |value| {
-    match value.as_str()? {
-        "off" | "trace" => None,
-        text => text.parse().ok(),
-    }
+    let text = value.as_str()?;
+    let known = ["debug", "info", "warn", "error"].contains(&text);
+    text.parse().ok().filter(|_| known)
 });
 
 const DURATION: Kind<Duration> = ("60s, 1h30m or the like, or seconds", |value| {
     let seconds = value.as_u64().map(Duration::from_secs);
-    let time = seconds.or_else(|| humantime::parse_duration(value.as_str()?).ok())?;
+    // humantime knows months, too.
+    let text = value
+        .as_str()
+        .filter(|text| !text.contains(|c| "Mdiwy".contains(c)));
+    let time = seconds.or_else(|| humantime::parse_duration(text?).ok())?;
     Some(time).filter(|time| !time.is_zero() && *time <= FOREVER)
 });
 

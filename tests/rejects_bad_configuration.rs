@@ -38,6 +38,8 @@ const TABLE: &[(&str, &[&str])] = &[
         &["log_level", "loud", "debug", "info", "warn", "error"],
     ),
     ("log_level: 3", &["log_level"]),
+    ("log_level: OFF", &["log_level", "OFF"]),
+    ("log_level: Trace", &["log_level", "Trace"]),
     ("providers: claude", &["providers"]),
     (
         "providers: [gemini]",
@@ -155,6 +157,8 @@ const TABLE: &[(&str, &[&str])] = &[
         "request_timeout: 5 parsecs",
         &["request_timeout", "parsecs"],
     ),
+    ("request_timeout: 1M", &["request_timeout", "1M"]),
+    ("request_timeout: 2 days", &["request_timeout"]),
     ("stream_idle_timeout: [1]", &["stream_idle_timeout"]),
     ("stream_idle_timeout: 0s", &["stream_idle_timeout"]),
     (
@@ -229,6 +233,9 @@ fn what_was_found_in_a_secret_field_is_not_shown() {
         "users: [{\"Pw5xKtRb8zHn\\nVc3mXd\": 1, name: alice}]".to_owned(),
         "providers: [{name: claude, headers: {x-a:Pw5xKt}}]".to_owned(),
         "providers: [{name: claude, headers: {x-a:Pw5xKt: 1}}]".to_owned(),
+        "users: [{name: alice, token: !!int Pw5xKtRb8zHnVc3mXd}]".to_owned(),
+        "users: {Pw5xKtRb8zHnVc3mXd: a, Pw5xKtRb8zHnVc3mXd: b}".to_owned(),
+        "proxy: !!int Pw5xKtRb8zHn".to_owned(),
         "proxy: Pw5xKtRb8zHn".to_owned(),
         "proxy: [Pw5xKtRb8zHn]".to_owned(),
         "proxy: 'gopher://user:Pw5xKt@localhost:1'".to_owned(),

@@ -4,9 +4,11 @@
 mod common;
 use common::*;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::Instant;
 
 fn allow(folder: &Path, mode: u32) {
     fs::set_permissions(folder, fs::Permissions::from_mode(mode)).expect("chmod");
@@ -108,4 +110,65 @@ fn what_could_not_be_written_is_written_at_shutdown() {
     allow(&mux.state().join("claude"), 0o700);
     assert_eq!(mux.stop(), 0);
     wait_until_saved(&up, &mux);
+}
+
+/// Requests, which may be many, do not drive the tries: each one makes the next wait longer.
+#[test]
+fn requests_do_not_wear_out_the_tries() {
+    let up = Upstream::plain();
+    let mux = unsaved(&up, Setup::new(&up).set("refresh_check_interval", "30m"));
+    let used = up.requests().pop().expect("a request").bearer().to_owned();
+    up.revoke(&used);
+    for _ in 0..4 {
+        assert_eq!(mux.message().status, 401);
+    }
+    let tries = mux.log_lines("in memory only").len();
+    assert!(tries <= 2, "{tries} tries");
+}
+
+#[test]
+fn what_is_written_late_is_still_young() {
+    let up = Upstream::plain();
+    let mux = unsaved(&up, Setup::new(&up).set("refresh_check_interval", "1s"));
+    let used = up.requests().pop().expect("a request").bearer().to_owned();
+    allow(&mux.state().join("claude"), 0o700);
+    wait_until_saved(&up, &mux);
+    up.revoke(&used);
+    assert_eq!(mux.message().status, 401);
+    assert_eq!(up.refreshes().len(), 1);
+}
+
+/// As another tool does that begins to write the file anew just when ours is in place.
+#[test]
+fn a_file_that_is_emptied_behind_ours_costs_no_second_refresh() {
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).set("refresh_check_interval", "30m").start();
+    mux.message();
+    login::save(&mux.state(), "claude", &up.login("claude", -10).claude());
+    let path = login::path(&mux.state(), "claude");
+    let inode = |path: &Path| fs::metadata(path).map(|file| file.ino()).ok();
+    let (watched, old) = (path.clone(), inode(&path));
+    let other = thread::spawn(move || {
+        let begun = Instant::now();
+        while inode(&watched) == old && begun.elapsed() < PATIENCE {}
+        fs::write(&watched, b"").expect("empty the file");
+    });
+    assert_eq!(mux.message().status, 200);
+    other.join().expect("the other tool");
+    assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+}
+
+#[test]
+fn nothing_is_spent_while_the_file_is_broken() {
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).set("refresh_check_interval", "1s").start();
+    let old = up.login("claude", 63);
+    login::save(&mux.state(), "claude", &old.claude());
+    assert_eq!(mux.message().status, 200);
+    let broken = fs::write(login::path(&mux.state(), "claude"), b"{\"claudeAiOauth\":");
+    broken.expect("break the file");
+    mux.wait_log("next try");
+    assert_eq!(mux.message().status, 200);
+    assert_eq!(up.refreshes().len(), 0);
+    assert!(up.honours(&old.refresh));
 }

@@ -134,3 +134,32 @@ fn a_request_behind_the_running_one_costs_no_answer() {
     assert_eq!((answer.status, answer.body.len()), (200, SIZE));
     assert!(client.closed());
 }
+
+/// While one provider's refresh is waited for, no other begins: it could be cut off by an end that comes meanwhile.
+#[test]
+fn no_refresh_begins_after_the_signal() {
+    let up = Upstream::plain();
+    let (heard, seen) = (Steps::default(), Steps::default());
+    let signalled = heard.clone();
+    let refused = seen.clone();
+    up.on_refresh(move |request, conn| {
+        if request.provider() == "chatgpt" {
+            refused.advance();
+            return conn.json(503, &json!({})).map(|()| true);
+        }
+        signalled.wait(1);
+        thread::sleep(Duration::from_secs(7)); // the other one's back-off is 5 s
+        Ok(false)
+    });
+    let setup = Setup::bare(&up).save("claude", &up.login("claude", -10).claude());
+    let setup = setup.save("chatgpt", &up.login("chatgpt", -10).flat());
+    let mut mux = setup.start();
+    up.wait(2, Request::is_refresh);
+    seen.wait(1);
+    mux.signal(Signal::TERM);
+    mux.wait_log("stopping");
+    heard.advance();
+    assert_eq!(mux.wait_exit(), 0);
+    assert_eq!(seen.count(), 1);
+    assert_eq!(up.refreshes().len(), 2);
+}

@@ -114,6 +114,25 @@ fn a_newer_file_is_taken_instead_of_giving_up() {
     assert_eq!(mux.log_lines("ERROR").len(), 0, "{}", mux.log());
 }
 
+/// The refresh token is the same, but the access token beside it is newer, and good.
+#[test]
+fn a_newer_access_token_is_taken_instead_of_giving_up() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let (old, fresh) = (up.login("claude", -10), up.login("claude", 3600));
+    let mut file = old.claude();
+    file["claudeAiOauth"]["accessToken"] = json!(fresh.access);
+    file["claudeAiOauth"]["expiresAt"] = json!(fresh.expires * 1000);
+    login::save(&mux.state(), "claude", &old.claude());
+    let state = mux.state();
+    up.on_refresh(move |_, conn| {
+        login::save(&state, "claude", &file);
+        conn.json(400, &json!({"error": "invalid_grant"}))
+            .map(|()| true)
+    });
+    assert_eq!(mux.message().status, 200);
+}
+
 #[test]
 fn a_spent_refresh_token_is_never_sent_twice() {
     let up = Upstream::plain();
