@@ -118,7 +118,8 @@ const UPSTREAM_INPUT: usize = 16 << 10;
 const UPSTREAM_OUTPUT: usize = LINE_SIZE + 1024;
 /// Idle upstream connections, which keep those buffers; more are closed after a burst.
 const UPSTREAMS_KEPT: usize = 32;
-/// An idle upstream connection; most servers close theirs after 20 s or more.
+/// An idle upstream connection, when the next request comes; most servers close theirs after
+/// 20 s or more.
 const UPSTREAM_IDLE: Duration = Duration::from_secs(15);
 /// A credential file; real ones have 1 to 10 KiB.
 const FILE_SIZE: u64 = 1 << 20;
@@ -390,12 +391,10 @@ impl Gate {
         if self.count() >= self.capacity && !self.make_room() {
             return Err(io::Error::other("all that there may be are busy"));
         }
-        let Some(listener) = &self.listener else {
-            return Ok(());
-        };
-        let (tcp, peer) = match listener.accept() {
-            Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()), // it has gone again
-            accepted => accepted?,
+        let (tcp, peer) = match self.listener.as_ref().map(TcpListener::accept) {
+            None => return Ok(()),
+            Some(Err(e)) if e.kind() == ErrorKind::WouldBlock => return Ok(()), // it has gone again
+            Some(accepted) => accepted?,
         };
         tcp.set_nonblocking(true)?;
         tcp.set_nodelay(true)?;
@@ -409,8 +408,8 @@ impl Gate {
 
     /// Closes the visitor that has been quiet longest, if there is one.
     fn make_room(&mut self) -> bool {
-        let quietest = (!self.visitors.is_empty()).then(|| self.visitors.remove(0));
-        quietest.is_some()
+        let quietest = self.visitors.len().min(1);
+        self.visitors.drain(..quietest).count() > 0
     }
 
     /// Reads on what a visitor sends. A whole head begins an exchange.
@@ -421,12 +420,12 @@ impl Gate {
             Err(Fault::Broken(why)) => return debug!("peer={} closed: {why}", stream.peer),
             Err(Fault::Reply(reply)) => {
                 let exchange = Exchange::new(stream, Head::default());
-                return self.settle(exchange.refuse(reply));
+                return self.settle(exchange.conclude(Err(reply.into())));
             }
         };
         if exchange.head.is_health() {
             let health = Reply::new(200, self.proxy.health());
-            return self.settle(exchange.refuse(health));
+            return self.settle(exchange.conclude(Err(health.into())));
         }
         exchange.stream.socket.until = Instant::now() + self.proxy.config.request_timeout;
         self.queue.push_back(exchange);
@@ -455,7 +454,7 @@ impl Gate {
         {
             let busy = Reply::new(503, "all workers are busy; raise `workers`, or wait");
             let busy = busy.retry_after(Duration::from_secs(1));
-            self.settle(exchange.refuse(busy));
+            self.settle(exchange.conclude(Err(busy.into())));
         }
     }
 
@@ -517,12 +516,20 @@ fn signals(ring: &UnixStream) -> io::Result<Arc<AtomicBool>> {
 
 /// Listens on the first address that can be had. That of all IPv6 interfaces is IPv4's as well.
 fn listen(addresses: &[SocketAddr]) -> Result<TcpListener, Error> {
-    let listen = || {
-        let listener = TcpListener::bind(addresses)?;
-        rustix::net::listen(&listener, BACKLOG)?; // again, for std's backlog is short
+    use rustix::net::{AddressFamily, SocketType, bind, listen, socket, sockopt};
+    let open = |address: &SocketAddr| {
+        let family = [AddressFamily::INET, AddressFamily::INET6][usize::from(address.is_ipv6())];
+        let socket = socket(family, SocketType::STREAM, None)?;
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+        let _ = sockopt::set_ipv6_v6only(&socket, false); // an IPv4 one has no such option
+        bind(&socket, address)?;
+        listen(&socket, BACKLOG)?;
+        let listener = TcpListener::from(socket);
         listener.set_nonblocking(true).map(|()| listener)
     };
-    listen().map_err(|e: io::Error| Error::start(format!("listen on {addresses:?}"), e))
+    let tried = addresses.iter().map(open).reduce(Result::or);
+    let tried = tried.unwrap_or(Err(ErrorKind::NotFound.into()));
+    tried.map_err(|e: io::Error| Error::start(format!("listen on {addresses:?}"), e))
 }
 
 /// What clients see of us, and the files that it comes from: certificate and key.
@@ -639,10 +646,11 @@ fn lists(fields: &HeaderMap, name: &str, item: &str) -> bool {
     items(fields, name).any(|found| found.eq_ignore_ascii_case(item))
 }
 
-/// The length of the head at the start of `bytes`, its empty line included, once it is there.
-fn head_end(bytes: &[u8]) -> Result<Option<usize>, Reply> {
-    let mut end = 0;
-    for line in bytes.split_inclusive(|b| *b == b'\n') {
+/// The length of the head at the start of `bytes`, its empty line included, once it is there. Up
+/// to `scanned` all lines are whole and have been looked at.
+fn head_end(bytes: &[u8], scanned: &mut usize) -> Result<Option<usize>, Reply> {
+    let mut end = *scanned;
+    for line in bytes[end..].split_inclusive(|b| *b == b'\n') {
         end += line.len();
         // Of the last one the end may still be to come.
         let ended = line.strip_suffix(b"\r\n");
@@ -653,8 +661,10 @@ fn head_end(bytes: &[u8]) -> Result<Option<usize>, Reply> {
         if text.len() >= LINE_SIZE || end > HEAD_SIZE {
             return Err(head_too_large());
         }
-        if ended == Some(b"") {
-            return Ok(Some(end));
+        match ended {
+            Some(b"") => return Ok(Some(end)),
+            Some(_) => *scanned = end,
+            None => {}
         }
     }
     Ok(None)
@@ -881,10 +891,6 @@ impl Exchange {
         }
     }
 
-    fn refuse(self, reply: Reply) -> Verdict {
-        self.conclude(Err(reply.into()))
-    }
-
     /// Says what is still to be said, writes the log line, and judges what becomes of the stream.
     fn conclude(mut self, outcome: Outcome) -> Verdict {
         let mut last = !self.head.stays || !self.body.done;
@@ -921,10 +927,8 @@ impl Exchange {
 
 impl Proxy {
     fn new(config: Config, verdict: Sender<Verdict>, ring: UnixStream) -> Result<Proxy, Error> {
-        let upstreams = config
-            .providers
-            .iter()
-            .map(|settings| Upstream::new(settings, &config));
+        let upstreams = config.providers.iter();
+        let upstreams = upstreams.map(|settings| Upstream::new(settings, &config));
         Ok(Proxy {
             upstreams: upstreams.collect::<Result<_, _>>()?,
             config,
@@ -1782,10 +1786,8 @@ impl Upstream {
         } else if let Some(account) = &token.account {
             headers.insert("chatgpt-account-id", header_value(account.expose()));
         }
-        let mut sizes = headers
-            .iter()
-            .map(|(name, value)| name.as_str().len() + value.len());
-        let fit = sizes.all(|size| size < LINE_SIZE);
+        let mut fields = headers.iter();
+        let fit = fields.all(|(name, value)| name.as_str().len() + value.len() < LINE_SIZE);
         fit.then_some(request).ok_or_else(head_too_large)
     }
 
@@ -1801,16 +1803,13 @@ impl Upstream {
     /// Asks upstream.
     fn send(&self, url: &str, token: &Token, asked: &mut Exchange) -> Result<Answer, Fault> {
         let request = self.outgoing(url, token, &asked.head)?;
-        let bodied = [CONTENT_LENGTH, TRANSFER_ENCODING];
-        let bodied = bodied
-            .iter()
-            .any(|name| request.headers().contains_key(name));
-        let answer = match bodied {
-            true => {
-                let body = SendBody::from_reader(asked);
-                self.agent.run(request.map(|()| body))
-            }
-            false => self.agent.run(request),
+        let sent = request.headers();
+        let bodied = sent.contains_key(CONTENT_LENGTH) || sent.contains_key(TRANSFER_ENCODING);
+        let answer = if bodied {
+            let body = SendBody::from_reader(asked);
+            self.agent.run(request.map(|()| body))
+        } else {
+            self.agent.run(request)
         };
         answer.map_err(|e| {
             let name = self.provider.name;
@@ -1856,7 +1855,12 @@ impl<T: Transport> Transport for Wire<T> {
     }
 
     fn is_open(&mut self) -> bool {
-        self.0.is_open()
+        // Of what TLS has read already, its end too, the socket does not tell.
+        let time = NextTimeout {
+            after: Duration::ZERO.into(),
+            ..NextTimeout::default()
+        };
+        self.0.is_open() && self.0.await_input(time).is_err()
     }
 
     fn is_tls(&self) -> bool {
@@ -1946,6 +1950,10 @@ struct Stream {
     tls: Option<Box<rustls::ServerConnection>>,
     /// Read from the client but not used yet: it travels with the stream.
     ahead: Vec<u8>,
+    /// Where the first line of it begins that is not whole yet.
+    scanned: usize,
+    /// A part of a TLS record has come.
+    partial: bool,
     /// In the gate: more may be there than its socket tells.
     fresh: bool,
     /// After its last answer, how much of what it still sends is taken.
@@ -1984,6 +1992,8 @@ impl Stream {
             peer,
             tls: tls.map(Box::new),
             ahead: Vec::new(),
+            scanned: 0,
+            partial: false,
             fresh: true,
             leaving: None,
         };
@@ -1992,20 +2002,27 @@ impl Stream {
 
     /// The stream as it is in the gate: between two heads, or after its last answer.
     fn rest(mut self) -> Stream {
+        self.partial = false;
         self.socket.until = Instant::now() + self.time();
         // Of what is here already, the socket does not tell.
         self.fresh = self.tls.is_some() || !self.ahead.is_empty();
-        self.socket.waits = false;
         self
     }
 
-    /// How long it may be in the gate for what it is doing now.
-    fn time(&self) -> Duration {
+    /// What it does in the gate: leave, shake hands, send a head.
+    fn doing(&self) -> [bool; 3] {
         let shaking = self.tls.as_ref().is_some_and(|tls| tls.is_handshaking());
-        match self.leaving {
-            Some(_) => LINGER_TIME,
-            None if shaking || !self.ahead.is_empty() => HEAD_TIME,
-            None => IDLE_TIME,
+        let leaving = self.leaving.is_some();
+        let begun = !leaving && (self.partial || !self.ahead.is_empty());
+        [leaving, shaking, begun]
+    }
+
+    /// How long it has for that.
+    fn time(&self) -> Duration {
+        match self.doing() {
+            [true, ..] => LINGER_TIME,
+            [_, false, false] => IDLE_TIME,
+            _ => HEAD_TIME,
         }
     }
 
@@ -2028,7 +2045,9 @@ impl Stream {
         };
         // Not rustls::Stream: it reads on for as long as records without data come.
         loop {
-            tls.complete_io(&mut self.socket)?;
+            let shaking = tls.is_handshaking();
+            let (count, _) = tls.complete_io(&mut self.socket)?;
+            self.partial |= count > 0 && !shaking;
             match tls.reader().read(out) {
                 Err(e) if e.kind() == ErrorKind::WouldBlock && self.socket.waits => {}
                 outcome => return outcome,
@@ -2048,14 +2067,14 @@ impl Stream {
     fn read_on(&mut self) -> Result<Option<Head>, Fault> {
         self.fresh = false;
         for _ in 0..2 {
+            let doing = self.doing();
             if self.leaving.is_none()
                 && let Some(head) = self.head()?
             {
                 return Ok(Some(head));
             }
-            let (time, begun) = (self.time(), !self.ahead.is_empty());
             let read = self.fill();
-            if self.time() != time {
+            if self.doing() != doing {
                 self.socket.until = Instant::now() + self.time();
             }
             match (read, &mut self.leaving) {
@@ -2065,7 +2084,7 @@ impl Stream {
                     self.ahead.clear();
                 }
                 (Err(e), _) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
-                (Err(e), None) if e.kind() == ErrorKind::TimedOut && begun => {
+                (Err(e), None) if e.kind() == ErrorKind::TimedOut && doing[2] => {
                     return Err(Reply::new(408, "the head came too slowly; send it at once").into());
                 }
                 (Err(e), _) => return Err(Fault::Broken(e.to_string())),
@@ -2082,9 +2101,10 @@ impl Stream {
         if self.ahead.starts_with(b"\r\n") {
             self.consume(2);
         }
-        let Some(length) = head_end(&self.ahead)? else {
+        let Some(length) = head_end(&self.ahead, &mut self.scanned)? else {
             return Ok(None);
         };
+        self.scanned = 0;
         let head = Head::parse(&self.ahead[..length])?;
         self.consume(length);
         Ok(Some(head))
@@ -2120,12 +2140,9 @@ impl Exchange {
             return Ok(());
         }
         let mut held = Vec::with_capacity(self.body.left as usize);
-        let outcome = self.by_ref().take(HELD_SIZE).read_to_end(&mut held);
+        let _ = self.by_ref().take(HELD_SIZE).read_to_end(&mut held); // an error leaves a fault
         self.held = Cursor::new(held);
-        match (outcome, self.fault.take()) {
-            (Err(_), Some(fault)) => Err(fault),
-            _ => Ok(()),
-        }
+        self.fault.take().map_or(Ok(()), Err)
     }
 
     fn read_body(&mut self, out: &mut [u8]) -> io::Result<usize> {
@@ -2254,11 +2271,8 @@ fn chunk_line(source: &mut impl BufRead) -> io::Result<String> {
 fn relay(answer: Answer, exchange: &mut Exchange) -> Outcome {
     let gone = |e: io::Error| Fault::Broken(format!("the client went away, or took nothing: {e}"));
     let (parts, body) = answer.into_parts();
-    debug!(
-        "peer={} answer: {}",
-        exchange.stream.peer,
-        shown(&parts.headers)
-    );
+    let peer = exchange.stream.peer;
+    debug!("peer={peer} answer: {}", shown(&parts.headers));
     if parts.status.is_informational() {
         return Err(Reply::new(502, "upstream answered 101, which nobody asked for").into());
     }
@@ -2706,12 +2720,9 @@ impl Reply {
         }
     }
 
-    fn retry_after(self, wait: Duration) -> Reply {
-        let retry_after = Some(wait);
-        Reply {
-            retry_after,
-            ..self
-        }
+    fn retry_after(mut self, wait: Duration) -> Reply {
+        self.retry_after = Some(wait);
+        self
     }
 
     fn internal() -> Reply {

@@ -28,6 +28,20 @@ const FAMILIES: [(&str, Family); 9] = [
     ("a reader that is slow, but not too slow", slow_reader),
 ];
 
+/// An empty line behind a body is nothing, and no head that has begun.
+#[test]
+fn an_empty_line_behind_a_body_leaves_the_connection_its_time() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let mut client = mux.client();
+    client.request("POST", MESSAGES, &[BEARER], b"{}");
+    client.send("\r\n");
+    assert_eq!(client.answer().status, 200);
+    thread::sleep(Duration::from_secs(12)); // a head has 10
+    let answer = client.request("POST", MESSAGES, &[BEARER], b"{}").answer();
+    assert_eq!(answer.status, 200);
+}
+
 #[test]
 fn each_is_let_go_in_time() {
     need_descriptors(4096);

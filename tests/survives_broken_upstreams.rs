@@ -321,7 +321,8 @@ fn certificates_that_do_not_verify() {
 fn a_change_of_keys_behind_an_answer_costs_no_request() {
     let authority = Authority::new();
     for size in [100, 4030, 4031, 4032, 4033, 4034, 4035, 4036] {
-        let addr = changes_keys(&authority, size);
+        let keys = |tls: &mut rustls::ServerConnection| tls.refresh_traffic_keys().is_ok();
+        let addr = says_behind(&authority, size, keys);
         let up = Upstream::plain();
         let setup = Setup::new(&up);
         let roots = setup.write("roots.pem", &authority.cert_pem);
@@ -333,14 +334,36 @@ fn a_change_of_keys_behind_an_answer_costs_no_request() {
     }
 }
 
-/// Answers each request on its connection with that many bytes, and changes its keys at once.
-fn changes_keys(authority: &Authority, size: usize) -> SocketAddr {
+/// An upstream may end TLS in the same piece, and leave its socket open: that connection is not used again.
+#[test]
+fn an_end_of_tls_behind_an_answer_costs_no_request() {
+    let authority = Authority::new();
+    let addr = says_behind(&authority, 100, |tls| {
+        tls.send_close_notify();
+        true
+    });
+    let up = Upstream::plain();
+    let setup = Setup::new(&up);
+    let roots = setup.write("roots.pem", &authority.cert_pem);
+    let setup = setup.provider(0, "base_url", format!("https://{addr}"));
+    let mux = setup.env("SSL_CERT_FILE", roots).start();
+    for _ in 0..3 {
+        assert_eq!(mux.message().status, 200);
+    }
+}
+
+/// Answers each request on its connection with that many bytes, and what TLS is to say behind them.
+fn says_behind(
+    authority: &Authority,
+    size: usize,
+    say: impl Fn(&mut rustls::ServerConnection) -> bool + Clone + Send + 'static,
+) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
     let addr = listener.local_addr().expect("an address");
     let authority = authority.clone();
     thread::spawn(move || {
         for mut socket in listener.incoming().map_while(Result::ok) {
-            let mut tls = authority.server();
+            let (mut tls, say) = (authority.server(), say.clone());
             thread::spawn(move || -> io::Result<()> {
                 loop {
                     let mut asked = [0; 4096];
@@ -354,7 +377,7 @@ fn changes_keys(authority: &Authority, size: usize) -> SocketAddr {
                     let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {size}\r\n\r\n");
                     let answer = answer + &"x".repeat(size);
                     tls.writer().write_all(answer.as_bytes())?;
-                    tls.refresh_traffic_keys().map_err(io::Error::other)?;
+                    assert!(say(&mut tls));
                     let mut piece = Vec::new();
                     while tls.wants_write() {
                         tls.write_tls(&mut piece)?;
