@@ -241,19 +241,13 @@ struct Gate {
     /// How many connections there may be, and those without an exchange, the quietest first.
     capacity: usize,
     visitors: Vec<Stream>,
-    /// Exchanges that wait for a worker; how many of those there may be, there are, and have an
-    /// exchange; and when those that have none are sent home.
+    /// Exchanges that wait for a worker.
     queue: VecDeque<Exchange>,
-    workers: usize,
-    hired: usize,
-    lent: usize,
-    rest: Instant,
+    pool: Pool,
     verdicts: Receiver<Verdict>,
     /// Gets a byte for each request that a worker is done with, and for each signal.
     bell: UnixStream,
     stopping: Arc<AtomicBool>,
-    server: Arc<tiny_http::Server>,
-    inner: UnixStream,
     /// The log knows that new connections wait.
     warned: bool,
 }
@@ -272,7 +266,7 @@ impl Gate {
         let (verdict, verdicts) = mpsc::channel();
         let tls = config.tls.clone();
         let proxy = Arc::new(Proxy::new(config, verdict, ring)?);
-        let (server, inner) = serve(&proxy, &bell).map_err(failed)?;
+        let pool = Pool::start(&proxy, workers, &bell).map_err(failed)?;
         for upstream in &proxy.upstreams {
             let credential = upstream.credential.clone();
             spawn("keeper", move || credential.keep()).map_err(failed)?;
@@ -284,15 +278,10 @@ impl Gate {
             capacity,
             visitors: Vec::new(),
             queue: VecDeque::new(),
-            workers,
-            hired: 0,
-            lent: 0,
-            rest: Instant::now(),
+            pool,
             verdicts,
             bell,
             stopping,
-            server,
-            inner,
             warned: false,
         })
     }
@@ -315,11 +304,11 @@ impl Gate {
                 let _ = catch_unwind(AssertUnwindSafe(|| self.visit(stream)));
             }
             while let Ok(verdict) = self.verdicts.try_recv() {
-                self.lent -= 1;
+                self.pool.lent -= 1;
                 self.settle(verdict);
             }
             self.dispatch();
-            self.send_home();
+            self.pool.send_home();
             if knock {
                 self.admit();
             }
@@ -348,15 +337,16 @@ impl Gate {
 
     /// How many connections there are.
     fn count(&self) -> usize {
-        self.visitors.len() + self.queue.len() + self.lent
+        self.visitors.len() + self.queue.len() + self.pool.lent
     }
 
     /// Waits until something happens or is due: whether a client knocks, which visitors spoke.
     fn wait(&self, end: Option<Instant>) -> io::Result<(bool, Vec<bool>)> {
         let waiting = self.queue.front().map(|exchange| exchange.stream.due());
         let renewal = self.tls.as_ref().map(|tls| tls.next);
-        let rest = Some(self.rest).filter(|_| self.hired > self.lent);
-        let dues = [end, waiting, renewal, rest].into_iter().flatten();
+        let dues = [end, waiting, renewal, self.pool.due()]
+            .into_iter()
+            .flatten();
         let due = dues.chain(self.visitors.iter().map(Stream::due)).min();
         let time = due.and_then(|due| left_until(due).try_into().ok());
 
@@ -431,23 +421,13 @@ impl Gate {
         self.queue.push_back(exchange);
     }
 
-    /// Parks an exchange for each worker that has none, or that may still be hired, with a ticket;
-    /// refuses those that have waited too long for one.
+    /// Parks an exchange for each worker that has none, with a ticket; refuses those that have
+    /// waited too long for one.
     fn dispatch(&mut self) {
-        while self.lent < self.workers
-            && let Some(exchange) = self.queue.pop_front()
-        {
-            if self.lent == self.hired
-                && let Err(e) = hire(&self.server, &self.proxy)
-            {
-                warn!("start a worker: {e}");
-                self.queue.push_front(exchange);
-                break;
-            }
-            self.lent += 1;
-            self.hired = self.hired.max(self.lent);
-            lock(&self.proxy.parked).push_back(exchange);
-            self.send_ticket();
+        while !self.queue.is_empty() && self.pool.has_one_free(&self.proxy) {
+            lock(&self.proxy.parked).extend(self.queue.pop_front());
+            self.pool.lent += 1;
+            self.pool.send_ticket();
         }
         while self.queue.front().is_some_and(|e| e.stream.is_due())
             && let Some(exchange) = self.queue.pop_front()
@@ -456,21 +436,6 @@ impl Gate {
             let busy = busy.retry_after(Duration::from_secs(1));
             self.settle(exchange.conclude(Err(busy.into())));
         }
-    }
-
-    /// Ends the workers that have nothing to do: a stack that grew keeps its pages for as long as
-    /// its thread lives.
-    fn send_home(&mut self) {
-        if left_until(self.rest).is_zero() {
-            (self.lent..self.hired).for_each(|_| self.send_ticket());
-            self.hired = self.lent;
-            self.rest = Instant::now() + REST_TIME;
-        }
-    }
-
-    fn send_ticket(&mut self) {
-        let sent = self.inner.write_all(TICKET);
-        sent.unwrap_or_else(|e| error!("tiny_http: {e}"));
     }
 
     /// Takes a stream back from its exchange.
@@ -764,29 +729,79 @@ struct Proxy {
 /// sends can get there.
 const TICKET: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
 
-/// Starts tiny_http. Out: it and the inner connection, proven by a ticket that a worker picks up.
-fn serve(
-    proxy: &Arc<Proxy>,
-    mut bell: &UnixStream,
-) -> io::Result<(Arc<tiny_http::Server>, UnixStream)> {
-    let (listener, mut inner) = inner_connection(&proxy.config.state_dir)?;
-    let server = tiny_http::Server::from_listener(listener, None).map_err(io::Error::other)?;
-    let server = Arc::new(server);
-    hire(&server, proxy)?;
-    inner.write_all(TICKET)?;
-    bell.set_read_timeout(Some(PICKUP_TIME))?;
-    bell.read_exact(&mut [0])?;
-    Ok((server, inner))
+/// tiny_http, and the workers that it hands the tickets to.
+struct Pool {
+    server: Arc<tiny_http::Server>,
+    /// The inner connection.
+    inner: UnixStream,
+    /// How many workers there may be, there are, and have an exchange.
+    most: usize,
+    hired: usize,
+    lent: usize,
+    /// When those that have none go home.
+    rest: Instant,
 }
 
-/// Starts a worker.
-fn hire(server: &Arc<tiny_http::Server>, proxy: &Arc<Proxy>) -> io::Result<()> {
-    let (server, proxy) = (server.clone(), proxy.clone());
-    spawn("worker", move || {
-        while let Ok(ticket) = server.recv()
-            && proxy.serve(ticket)
-        {}
-    })
+impl Pool {
+    /// Starts tiny_http, and proves it by a ticket that a worker picks up.
+    fn start(proxy: &Arc<Proxy>, most: usize, mut bell: &UnixStream) -> io::Result<Pool> {
+        let (listener, inner) = inner_connection(&proxy.config.state_dir)?;
+        let server = tiny_http::Server::from_listener(listener, None);
+        let mut pool = Pool {
+            server: Arc::new(server.map_err(io::Error::other)?),
+            inner,
+            most,
+            hired: 0,
+            lent: 0,
+            rest: Instant::now(),
+        };
+        pool.hire(proxy)?;
+        pool.send_home();
+        bell.set_read_timeout(Some(PICKUP_TIME))?;
+        bell.read_exact(&mut [0])?;
+        Ok(pool)
+    }
+
+    fn hire(&mut self, proxy: &Arc<Proxy>) -> io::Result<()> {
+        let (server, proxy) = (self.server.clone(), proxy.clone());
+        spawn("worker", move || {
+            while let Ok(ticket) = server.recv()
+                && proxy.serve(ticket)
+            {}
+        })?;
+        self.hired += 1;
+        Ok(())
+    }
+
+    /// If there is none, another is hired, as long as there may be more.
+    fn has_one_free(&mut self, proxy: &Arc<Proxy>) -> bool {
+        if self.lent == self.hired
+            && self.hired < self.most
+            && let Err(e) = self.hire(proxy)
+        {
+            warn!("start a worker: {e}");
+        }
+        self.lent < self.hired
+    }
+
+    fn due(&self) -> Option<Instant> {
+        Some(self.rest).filter(|_| self.lent < self.hired)
+    }
+
+    /// Ends the workers that have nothing to do: a stack that grew keeps its pages for as long as
+    /// its thread lives.
+    fn send_home(&mut self) {
+        if left_until(self.rest).is_zero() {
+            (self.lent..self.hired).for_each(|_| self.send_ticket());
+            self.hired = self.lent;
+            self.rest = Instant::now() + REST_TIME;
+        }
+    }
+
+    fn send_ticket(&mut self) {
+        let sent = self.inner.write_all(TICKET);
+        sent.unwrap_or_else(|e| error!("tiny_http: {e}"));
+    }
 }
 
 /// The two ends of the inner connection, the first still to be accepted. They meet in a private
@@ -811,19 +826,18 @@ impl Proxy {
     /// Serves the exchange that has been parked longest, if there is one.
     fn serve(&self, ticket: Request) -> bool {
         let exchange = lock(&self.parked).pop_front();
-        let served = exchange.map(|exchange| {
-            let answer = AssertUnwindSafe(|| self.answer(exchange));
-            let _ = self.verdict.send(catch_unwind(answer).unwrap_or(None));
+        let served = exchange.map(|mut exchange| {
+            exchange.stream.socket.waits = true;
+            let answer = || {
+                let outcome = fence(&mut exchange, |exchange| self.handle(exchange));
+                exchange.conclude(outcome)
+            };
+            let verdict = catch_unwind(AssertUnwindSafe(answer));
+            let _ = self.verdict.send(verdict.unwrap_or(None));
         });
         drop(ticket.into_writer());
         let _ = (&self.ring).write(&[0]);
         served.is_some()
-    }
-
-    fn answer(&self, mut exchange: Exchange) -> Verdict {
-        exchange.stream.socket.waits = true;
-        let outcome = fence(&mut exchange, |exchange| self.handle(exchange));
-        exchange.conclude(outcome)
     }
 }
 
@@ -1245,9 +1259,9 @@ impl Credential {
             passing(why)
         })?;
         let new = self.call(old)?;
-        info!("{}: refreshed", self.provider.name);
         lock(&self.state).refresh.unsaved = Some((old.clone(), new.clone()));
         self.save(Some(draft));
+        info!("{}: refreshed", self.provider.name);
         let mut state = lock(&self.state);
         if state.token.as_ref().is_some_and(|token| token.is(&new)) {
             state.refresh.succeeded = Some(SystemTime::now());
