@@ -100,6 +100,9 @@ const LINGER_SIZE: usize = 1 << 20;
 const LINGER_TIME: Duration = Duration::from_secs(2);
 /// For a worker to pick up what tiny_http is sent at start.
 const PICKUP_TIME: Duration = Duration::from_secs(5);
+/// Workers that wait beside those that are busy: one that rests wakes up sooner than one that is
+/// just about to, by a fifth of the time that a request takes.
+const SPARE_WORKERS: usize = 3;
 /// How often workers that have nothing to do are sent home.
 const REST_TIME: Duration = Duration::from_secs(15);
 /// Client connections beyond those that workers serve.
@@ -773,13 +776,13 @@ impl Pool {
         Ok(())
     }
 
-    /// If there is none, another is hired, as long as there may be more.
+    /// Whether a worker is free. More are hired, as long as there may be, to have some to spare.
     fn has_one_free(&mut self, proxy: &Arc<Proxy>) -> bool {
-        if self.lent == self.hired
-            && self.hired < self.most
-            && let Err(e) = self.hire(proxy)
-        {
-            warn!("start a worker: {e}");
+        while self.hired < self.most.min(self.lent + 1 + SPARE_WORKERS) {
+            if let Err(e) = self.hire(proxy) {
+                warn!("start a worker: {e}");
+                break;
+            }
         }
         self.lent < self.hired
     }
@@ -941,8 +944,8 @@ impl Exchange {
 
 impl Proxy {
     fn new(config: Config, verdict: Sender<Verdict>, ring: UnixStream) -> Result<Proxy, Error> {
-        let upstreams = config.providers.iter();
-        let upstreams = upstreams.map(|settings| Upstream::new(settings, &config));
+        let (providers, roots) = (config.providers.iter(), roots()?);
+        let upstreams = providers.map(|settings| Upstream::new(settings, &config, &roots));
         Ok(Proxy {
             upstreams: upstreams.collect::<Result<_, _>>()?,
             config,
@@ -1153,15 +1156,16 @@ impl Credential {
     /// An access token to use now. Waits for a refresh if there is none that is good; and the
     /// first who finds it ageing waits too, while the others use it.
     fn token(&self) -> Result<Token, Reply> {
-        let due = self.look(false).due(TOKEN_MARGIN, None).cloned();
-        if let Some(old) = due {
+        let mut state = self.look(false);
+        if let Some(old) = state.due(TOKEN_MARGIN, None).cloned() {
+            drop(state);
             let turn = self.turn.try_lock().ok();
             if turn.is_none() && old.lasts(Duration::ZERO) {
                 return Ok(old);
             }
             self.tend(turn.unwrap_or_else(|| lock(&self.turn)), TOKEN_MARGIN, None);
+            state = self.look(false);
         }
-        let state = self.look(false);
         let dead = |why: &str| Reply::new(503, format!("ai-mux has no login to use: {why}"));
         let usable = |t: &&Token| t.lasts(Duration::ZERO) || state.is_young();
         match (&state.refresh.failure, state.token.as_ref().filter(usable)) {
@@ -1664,14 +1668,19 @@ impl Provider {
     }
 }
 
+/// What vouches for an upstream: the built-in roots, or those in `SSL_CERT_FILE`.
+fn roots() -> Result<RootCerts, Error> {
+    let file = std::env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty());
+    let Some(path) = file else {
+        return Ok(RootCerts::WebPki);
+    };
+    let found = certificates(path.as_ref()).map_err(|e| Error::start("SSL_CERT_FILE", e))?;
+    let owned = |der| ureq::tls::Certificate::from_der(der).to_owned();
+    Ok(found.iter().map(|der| owned(der)).into())
+}
+
 /// How upstream is reached, for requests and for refreshes: everything automatic is off.
-fn agent(config: &Config, url: &str) -> Result<AgentConfig, Error> {
-    let mut roots = RootCerts::WebPki;
-    if let Some(path) = std::env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty()) {
-        let found = certificates(path.as_ref()).map_err(|e| Error::start("SSL_CERT_FILE", e))?;
-        let owned = |der| ureq::tls::Certificate::from_der(der).to_owned();
-        roots = found.iter().map(|der| owned(der)).into();
-    }
+fn agent(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentConfig, Error> {
     let uri: http::Uri = url.parse().map_err(|e| Error::start(url, e))?;
     let mut proxy = config.proxy.clone();
     let mut names = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].into_iter();
@@ -1685,7 +1694,7 @@ fn agent(config: &Config, url: &str) -> Result<AgentConfig, Error> {
         let direct = ureq::Proxy::try_from_env().is_some_and(|known| known.is_no_proxy(&uri));
         proxy = Some(found).filter(|_| !direct);
     }
-    let tls = ureq::tls::TlsConfig::builder().root_certs(roots);
+    let tls = ureq::tls::TlsConfig::builder().root_certs(roots.clone());
     Ok(ureq::Agent::config_builder()
         .tls_config(tls.build())
         .proxy(proxy.filter(|_| !is_loopback(&uri)))
@@ -1734,15 +1743,19 @@ struct Upstream {
 }
 
 impl Upstream {
-    fn new(settings: &ProviderSettings, config: &Config) -> Result<Upstream, Error> {
+    fn new(
+        settings: &ProviderSettings,
+        config: &Config,
+        roots: &RootCerts,
+    ) -> Result<Upstream, Error> {
         let (provider, time) = (settings.provider, Some(config.request_timeout));
         let (base_url, token_url) = (settings.base_url.clone(), settings.token_url.clone());
-        let calls = agent(config, &token_url)?
+        let calls = agent(config, roots, &token_url)?
             .timeout_global(Some(TOKEN_TIME))
             .max_idle_connections(0);
         // An address needs no resolver, whose time limit costs a thread a request.
         let named = base_url.parse().is_ok_and(|uri| address_of(&uri).is_none());
-        let requests = agent(config, &base_url)?
+        let requests = agent(config, roots, &base_url)?
             .timeout_resolve(time.filter(|_| named))
             .timeout_connect(time)
             .timeout_per_write(time)
@@ -2489,7 +2502,7 @@ impl Config {
             request_timeout: field("request_timeout", raw.request_timeout, "60s", DURATION)?,
             stream_idle_timeout: field("stream_idle_timeout", silence, "5m", DURATION)?,
             refresh_check_interval: field("refresh_check_interval", interval, "10m", INTERVAL)?,
-            workers: field("workers", raw.workers, "64", WORKERS)?,
+            workers: field("workers", raw.workers, 64, WORKERS)?,
             proxy: field("proxy", raw.proxy, "", PROXY)?,
             tls: tls(raw.tls.unwrap_or_default()).map_err(|e| format!("tls.{e}"))?,
         })
@@ -2592,10 +2605,10 @@ fn field_error(e: serde_path_to_error::Error<serde_yaml::Error>) -> String {
 }
 
 /// What a field, or its default, stands for.
-fn field<T>(name: &str, found: Yaml, default: &str, kind: Kind<T>) -> Result<T, String> {
+fn field<T>(name: &str, found: Yaml, default: impl Into<Yaml>, kind: Kind<T>) -> Result<T, String> {
     let (right, made) = kind;
     let found = Some(found).filter(|found| !found.is_null());
-    let value = found.unwrap_or_else(|| serde_yaml::from_str(default).unwrap_or_default());
+    let value = found.unwrap_or_else(|| default.into());
     let text = serde_json::to_string(&value).unwrap_or_default();
     // A URL with a user in it has a password in it.
     let secret = name.ends_with("token") || name == "proxy" || text.contains('@');
@@ -2652,13 +2665,14 @@ const WORKERS: Kind<NonZeroU16> = ("a number from 1 to 65535", |value| {
     NonZeroU16::new(value.as_u64()?.try_into().ok()?)
 });
 
-const PROXY: Kind<Option<ureq::Proxy>> = ("http://HOST:PORT, socks5://HOST:PORT", |value| {
-    if value.is_null() {
-        return Some(None);
-    }
-    let text = value.as_str().filter(|text| whole_uri(text).is_some())?;
-    ureq::Proxy::new(text).ok().map(Some)
-});
+const PROXY: Kind<Option<ureq::Proxy>> =
+    (
+        "http://HOST:PORT, socks5://HOST:PORT",
+        |value| match value.as_str()? {
+            "" => Some(None),
+            text => whole_uri(text).and(ureq::Proxy::new(text).ok()).map(Some),
+        },
+    );
 
 const PROVIDER: Kind<&Provider> = ("claude or chatgpt", |value| {
     PROVIDERS.iter().find(|p| Some(p.name) == value.as_str())
