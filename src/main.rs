@@ -13,11 +13,11 @@
 //!
 //! The **gate** is one thread that meets all clients: it takes in what they send without waiting
 //! for any one of them, and refuses what is malformed or ambiguous. A whole head becomes an
-//! **exchange**, which waits in its queue until one of the **workers**, a fixed pool, is free.
-//! Then it is *parked*, and a ticket goes over the **inner connection** to tiny_http, which hands
-//! it to a worker, but never meets the network, where it has no deadlines, hangs under a burst,
-//! and aborts on an absurd length. The worker takes the exchange, and now waits as long as it
-//! must: it alone reads the body and writes the answer, and it ends with a **verdict** on what
+//! **exchange**, which waits in its queue until one of the **workers**, a pool of bounded size, is
+//! free. Then it is *parked*, and a ticket goes over the **inner connection** to tiny_http, which
+//! hands it to a worker, but never meets the network, where it has no deadlines, hangs under a
+//! burst, and aborts on an absurd length. The worker takes the exchange, and now waits as long as
+//! it must: it alone reads the body and writes the answer, and it ends with a **verdict** on what
 //! becomes of the stream. A **credential** is a provider's login; whoever finds it ageing, a
 //! worker or its **keeper** in the background, refreshes it, one at a time. A **reply** is an
 //! answer of ai-mux's own; everything else that a client hears comes from **upstream**.
@@ -780,7 +780,9 @@ impl Pool {
     fn has_one_free(&mut self, proxy: &Arc<Proxy>) -> bool {
         while self.hired < self.most.min(self.lent + 1 + SPARE_WORKERS) {
             if let Err(e) = self.hire(proxy) {
-                warn!("start a worker: {e}");
+                if self.lent == self.hired {
+                    warn!("start a worker: {e}");
+                }
                 break;
             }
         }
