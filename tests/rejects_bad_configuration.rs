@@ -228,6 +228,7 @@ fn what_was_found_in_a_secret_field_is_not_shown() {
         "providers: [{name: claude, headers: {authorization: Pw5xKt}}]".to_owned(),
         "providers: [{name: claude, headers: {x-a: \"Pw5xKt\\r\\nx: y\"}}]".to_owned(),
         "users: [{name: alice, token:Pw5xKtRb8zHnVc3mXd}]".to_owned(),
+        "users: [{name: alice, token:Pw5xKt}]".to_owned(),
         "users: [{token:Pw5xKtRb8zHnVc3mXd, name: alice}]".to_owned(),
         "users: [{Pw5xKtRb8zHnVc3mXd: 1, name: alice}]".to_owned(),
         "users: [{\"Pw5xKtRb8zHn\\nVc3mXd\": 1, name: alice}]".to_owned(),
