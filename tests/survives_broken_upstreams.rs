@@ -323,11 +323,7 @@ fn a_change_of_keys_behind_an_answer_costs_no_request() {
     for size in [100, 4030, 4031, 4032, 4033, 4034, 4035, 4036] {
         let keys = |tls: &mut rustls::ServerConnection| tls.refresh_traffic_keys().is_ok();
         let addr = says_behind(&authority, size, keys);
-        let up = Upstream::plain();
-        let setup = Setup::new(&up);
-        let roots = setup.write("roots.pem", &authority.cert_pem);
-        let setup = setup.provider(0, "base_url", format!("https://{addr}"));
-        let mux = setup.env("SSL_CERT_FILE", roots).start();
+        let (_up, mux) = in_front_of(&authority, addr);
         for _ in 0..3 {
             assert_eq!(mux.message().body.len(), size);
         }
@@ -342,14 +338,20 @@ fn an_end_of_tls_behind_an_answer_costs_no_request() {
         tls.send_close_notify();
         true
     });
+    let (_up, mux) = in_front_of(&authority, addr);
+    for _ in 0..3 {
+        assert_eq!(mux.message().status, 200);
+    }
+}
+
+/// One that takes its logins from a vendor, and Claude's answers from what listens there.
+fn in_front_of(authority: &Authority, addr: SocketAddr) -> (Upstream, Mux) {
     let up = Upstream::plain();
     let setup = Setup::new(&up);
     let roots = setup.write("roots.pem", &authority.cert_pem);
     let setup = setup.provider(0, "base_url", format!("https://{addr}"));
     let mux = setup.env("SSL_CERT_FILE", roots).start();
-    for _ in 0..3 {
-        assert_eq!(mux.message().status, 200);
-    }
+    (up, mux)
 }
 
 /// Answers each request on its connection with that many bytes, and what TLS is to say behind them.
