@@ -154,6 +154,7 @@ fn the_background_refreshes_with_no_request() {
 fn a_token_that_ends_within_a_minute_is_refreshed_before_it_is_used() {
     let up = Upstream::plain();
     let mux = Setup::new(&up).start();
+    mux.wait_log("claude: login read"); // or the look at start could be the one that refreshes
     let login = up.login("claude", 45);
     login::save(&mux.state(), "claude", &login.claude());
     assert_eq!(mux.message().status, 200);
@@ -167,6 +168,7 @@ fn a_token_that_ends_within_a_minute_is_refreshed_before_it_is_used() {
 fn in_the_last_minute_one_refreshes_and_the_others_use_the_old_token() {
     let up = Upstream::plain();
     let mux = Mux::start(&up);
+    mux.wait_log("claude: login read"); // as above
     let go = held(&up);
     let login = up.login("claude", 45);
     login::save(&mux.state(), "claude", &login.claude());
