@@ -2076,10 +2076,17 @@ impl Stream {
         loop {
             let shaking = tls.is_handshaking();
             let (count, _) = tls.complete_io(&mut self.socket)?;
-            self.partial |= count > 0 && !shaking;
             match tls.reader().read(out) {
-                Err(e) if e.kind() == ErrorKind::WouldBlock && self.socket.waits => {}
-                outcome => return outcome,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                    self.partial |= count > 0 && !shaking;
+                    if !self.socket.waits {
+                        return Err(e);
+                    }
+                }
+                outcome => {
+                    self.partial = false;
+                    return outcome;
+                }
             }
         }
     }

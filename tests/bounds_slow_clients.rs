@@ -32,14 +32,20 @@ const FAMILIES: [(&str, Family); 9] = [
 #[test]
 fn an_empty_line_behind_a_body_leaves_the_connection_its_time() {
     let up = Upstream::plain();
-    let mux = Mux::start(&up);
-    let mut client = mux.client();
-    client.request("POST", MESSAGES, &[BEARER], b"{}");
-    client.send("\r\n");
-    assert_eq!(client.answer().status, 200);
+    let authority = Authority::new();
+    let plain = Mux::start(&up);
+    let secure = Setup::new(&up).tls(&authority).start();
+    let mut clients = [plain.client(), Client::tls(secure.addr, &authority)];
+    for client in &mut clients {
+        client.request("POST", MESSAGES, &[BEARER], b"{}");
+        assert_eq!(client.answer().status, 200);
+        client.send("\r\n");
+    }
     thread::sleep(Duration::from_secs(12)); // a head has 10
-    let answer = client.request("POST", MESSAGES, &[BEARER], b"{}").answer();
-    assert_eq!(answer.status, 200);
+    for client in &mut clients {
+        let answer = client.request("POST", MESSAGES, &[BEARER], b"{}").answer();
+        assert_eq!(answer.status, 200);
+    }
 }
 
 #[test]
