@@ -245,7 +245,7 @@ in
           request_timeout = unset duration "From the end of a request to the head of the upstream's response.";
           stream_idle_timeout = unset duration "The longest silence inside a response.";
           refresh_check_interval = unset duration "How often the logins are looked at; at least a second.";
-          workers = unset (types.ints.between 1 4096) "Requests served at once.";
+          workers = unset (types.ints.between 1 65535) "Requests served at once.";
           proxy = unset (narrow types.str ''URL such as "http://HOST:PORT" or "socks5://HOST:PORT"'' (
             matching "(https?|socks(4a?|5)?)://.+"
           )) "Proxy for everything sent upstream.";
@@ -335,7 +335,7 @@ in
           "settings.users: give each user either token or token_file." = lib.any (
             user: (user.token == null) == (user.token_file == null)
           ) settings.users;
-          "settings.users: a token has at least 16 characters of visible ASCII; `openssl rand -hex 16` makes one." =
+          "settings.users: a token has at least 16 characters of visible ASCII; `openssl rand -hex 20` makes one." =
             !lib.all (matching "[!-~]{16,}") tokens;
           "settings.users: two users have the same token; give each a token of its own." =
             repeated tokens != [ ];

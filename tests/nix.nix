@@ -421,7 +421,7 @@ let
       "the state by ~" = setting "absolute path" { state_dir = "~/.ai-mux"; };
       "the state at home" = setting ''move "/home/mux" to /var/lib'' { state_dir = "/home/mux"; };
       "no such log level" = setting ''"debug", "info", "warn", "error"'' { log_level = "verbose"; };
-      "no workers" = setting "between 1 and 4096" { workers = 0; };
+      "no workers" = setting "between 1 and 65535" { workers = 0; };
       "a proxy without scheme" = setting "socks5://HOST:PORT" { proxy = "proxy.example.org:1080"; };
 
       "a duration in words" = setting ''duration up to 365 days: "60s"'' {

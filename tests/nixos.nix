@@ -78,7 +78,7 @@ let
         script = ''
           umask 077
           mkdir -p /run/secrets
-          openssl rand -hex 16 > /run/secrets/alice
+          openssl rand -hex 20 > /run/secrets/alice
           mkdir -m 0755 -p /run/certificates
           openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost \
             -addext subjectAltName=DNS:localhost -keyout /run/certificates/key.pem -out /run/certificates/cert.pem
