@@ -98,13 +98,13 @@ const PIECE_TIME: Duration = Duration::from_secs(30);
 /// How much of an unread body is taken after a reply, so that the client comes to read it.
 const LINGER_SIZE: usize = 1 << 20;
 const LINGER_TIME: Duration = Duration::from_secs(2);
-/// For a worker to pick up what tiny_http is sent at start.
+/// For tiny_http to hand out what it is sent at start.
 const PICKUP_TIME: Duration = Duration::from_secs(5);
 /// Workers that wait beside those that are busy: one that rests wakes up sooner than one that is
 /// just about to, by a fifth of the time that a request takes.
 const SPARE_WORKERS: usize = 3;
 /// How often workers that have nothing to do are sent home.
-const REST_TIME: Duration = Duration::from_secs(15);
+const RETIRE_INTERVAL: Duration = Duration::from_secs(15);
 /// Client connections beyond those that workers serve.
 const SPARE_CONNECTIONS: u64 = 1024;
 /// New connections that the kernel may queue for us; it resets some beyond that.
@@ -185,7 +185,7 @@ fn run() -> Result<(), Error> {
     };
     let config = Config::load(path)?.find_providers()?;
     start_log(config.log_level);
-    let _claim = claim(&config.state_dir)?;
+    let _claim = lock_state_dir(&config.state_dir)?;
     let mut gate = Gate::open(config)?;
     gate.run();
     // What a keeper or a request that is cut short has begun is not lost.
@@ -205,7 +205,7 @@ fn print(text: &str) -> Result<(), Error> {
 
 /// Creates the state folder, private, and locks it: two processes that refresh one login with
 /// the same single-use token would end it. The lock lives as long as the file it returns.
-fn claim(folder: &Path) -> Result<File, Error> {
+fn lock_state_dir(folder: &Path) -> Result<File, Error> {
     let failed = |e: &dyn Display| Error::start(format!("state_dir {}", folder.display()), e);
     let created = DirBuilder::new().recursive(true).mode(0o700).create(folder);
     let opened = created.and_then(|()| File::open(folder));
@@ -243,13 +243,13 @@ struct Gate {
     tls: Option<Tls>,
     /// How many connections there may be, and those without an exchange, the quietest first.
     capacity: usize,
-    visitors: Vec<Stream>,
+    connections: Vec<Stream>,
     /// Exchanges that wait for a worker.
     queue: VecDeque<Exchange>,
     pool: Pool,
     verdicts: Receiver<Verdict>,
     /// Gets a byte for each request that a worker is done with, and for each signal.
-    bell: UnixStream,
+    wakes: UnixStream,
     stopping: Arc<AtomicBool>,
     /// The log knows that new connections wait.
     warned: bool,
@@ -264,12 +264,12 @@ impl Gate {
         let failed = |e| Error::start("start", e);
         let (workers, capacity) = descriptors(config.workers.get().into());
         let listener = listen(&config.listen)?;
-        let (bell, ring) = UnixStream::pair().map_err(failed)?;
-        let stopping = signals(&ring).map_err(failed)?;
+        let (wakes, waker) = UnixStream::pair().map_err(failed)?;
+        let stopping = signals(&waker).map_err(failed)?;
         let (verdict, verdicts) = mpsc::channel();
         let tls = config.tls.clone();
-        let proxy = Arc::new(Proxy::new(config, verdict, ring)?);
-        let pool = Pool::start(&proxy, workers, &bell).map_err(failed)?;
+        let proxy = Arc::new(Proxy::new(config, verdict, waker)?);
+        let pool = Pool::start(&proxy, workers).map_err(failed)?;
         for upstream in &proxy.upstreams {
             let credential = upstream.credential.clone();
             spawn("keeper", move || credential.keep()).map_err(failed)?;
@@ -279,11 +279,11 @@ impl Gate {
             listener: Some(listener),
             tls,
             capacity,
-            visitors: Vec::new(),
+            connections: Vec::new(),
             queue: VecDeque::new(),
             pool,
             verdicts,
-            bell,
+            wakes,
             stopping,
             warned: false,
         })
@@ -301,17 +301,17 @@ impl Gate {
             };
             let mut spoken = spoken.into_iter();
             let awake = |s: &mut Stream| spoken.next() == Some(true) || s.is_due();
-            let awake: Vec<_> = self.visitors.extract_if(.., awake).collect();
+            let awake: Vec<_> = self.connections.extract_if(.., awake).collect();
             for stream in awake {
                 // A panic would cost this connection, and no other.
                 let _ = catch_unwind(AssertUnwindSafe(|| self.visit(stream)));
             }
             while let Ok(verdict) = self.verdicts.try_recv() {
-                self.pool.lent -= 1;
+                self.pool.busy -= 1;
                 self.settle(verdict);
             }
             self.dispatch();
-            self.pool.send_home();
+            self.pool.retire_idle();
             if knock {
                 self.admit();
             }
@@ -320,7 +320,7 @@ impl Gate {
                 info!("stopping, once running requests and refreshes have ended");
                 end = Some(Instant::now() + DRAIN_TIME);
                 self.listener = None;
-                self.visitors.retain(|stream| stream.leaving.is_some());
+                self.connections.retain(|stream| stream.draining.is_some());
             }
         }
         if self.count() > 0 {
@@ -340,30 +340,29 @@ impl Gate {
 
     /// How many connections there are.
     fn count(&self) -> usize {
-        self.visitors.len() + self.queue.len() + self.pool.lent
+        self.connections.len() + self.queue.len() + self.pool.busy
     }
 
     /// Waits until something happens or is due: whether a client knocks, which visitors spoke.
     fn wait(&self, end: Option<Instant>) -> io::Result<(bool, Vec<bool>)> {
         let waiting = self.queue.front().map(|exchange| exchange.stream.due());
         let renewal = self.tls.as_ref().map(|tls| tls.next);
-        let dues = [end, waiting, renewal, self.pool.due()]
-            .into_iter()
-            .flatten();
-        let due = dues.chain(self.visitors.iter().map(Stream::due)).min();
-        let time = due.and_then(|due| left_until(due).try_into().ok());
+        let dues = [end, waiting, renewal].into_iter().flatten();
+        let dues = dues.chain(self.connections.iter().map(Stream::due));
+        let time = left_until(dues.fold(self.pool.retire_at, Instant::min));
+        let time = time.try_into().ok();
 
-        let mut sources = vec![self.bell.as_fd()];
-        sources.extend(self.visitors.iter().map(|s| s.socket.tcp.as_fd()));
+        let mut sources = vec![self.wakes.as_fd()];
+        sources.extend(self.connections.iter().map(|s| s.socket.tcp.as_fd()));
         sources.extend(self.listener.as_ref().map(|l| l.as_fd()));
         let sources = sources.iter().map(|fd| PollFd::new(fd, PollFlags::IN));
         let mut sources: Vec<_> = sources.collect();
         retry_on_intr(|| poll(&mut sources, time.as_ref()))?;
         let mut ready = sources.iter().map(|source| !source.revents().is_empty());
         if ready.next() == Some(true) {
-            let _ = (&self.bell).read(&mut [0; 64]);
+            let _ = (&self.wakes).read(&mut [0; 64]);
         }
-        let spoken = ready.by_ref().take(self.visitors.len()).collect();
+        let spoken = ready.by_ref().take(self.connections.len()).collect();
         Ok((ready.next() == Some(true), spoken))
     }
 
@@ -395,21 +394,21 @@ impl Gate {
         let tls = tls.map(rustls::ServerConnection::new).transpose();
         let tls = tls.map_err(io::Error::other)?;
         let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-        self.visitors.push(Stream::new(tcp, peer, tls));
+        self.connections.push(Stream::new(tcp, peer, tls));
         Ok(())
     }
 
     /// Closes the visitor that has been quiet longest, if there is one.
     fn make_room(&mut self) -> bool {
-        let quietest = self.visitors.len().min(1);
-        self.visitors.drain(..quietest).count() > 0
+        let quietest = self.connections.len().min(1);
+        self.connections.drain(..quietest).count() > 0
     }
 
     /// Reads on what a visitor sends. A whole head begins an exchange.
     fn visit(&mut self, mut stream: Stream) {
         let mut exchange = match stream.read_on() {
             Ok(Some(head)) => Exchange::new(stream, head),
-            Ok(None) => return self.visitors.push(stream),
+            Ok(None) => return self.connections.push(stream),
             Err(Fault::Broken(why)) => return debug!("peer={} closed: {why}", stream.peer),
             Err(Fault::Reply(reply)) => {
                 let exchange = Exchange::new(stream, Head::default());
@@ -420,16 +419,16 @@ impl Gate {
             let health = Reply::new(200, self.proxy.health());
             return self.settle(exchange.conclude(Err(health.into())));
         }
-        exchange.stream.socket.until = Instant::now() + self.proxy.config.request_timeout;
+        exchange.stream.socket.deadline = Instant::now() + self.proxy.config.request_timeout;
         self.queue.push_back(exchange);
     }
 
     /// Parks an exchange for each worker that has none, with a ticket; refuses those that have
     /// waited too long for one.
     fn dispatch(&mut self) {
-        while !self.queue.is_empty() && self.pool.has_one_free(&self.proxy) {
+        while !self.queue.is_empty() && self.pool.ensure_free(&self.proxy) {
             lock(&self.proxy.parked).extend(self.queue.pop_front());
-            self.pool.lent += 1;
+            self.pool.busy += 1;
             self.pool.send_ticket();
         }
         while self.queue.front().is_some_and(|e| e.stream.is_due())
@@ -444,11 +443,11 @@ impl Gate {
     /// Takes a stream back from its exchange.
     fn settle(&mut self, verdict: Verdict) {
         let Some(mut stream) = verdict else { return };
-        stream.socket.waits = false;
-        if self.listener.is_none() && stream.leaving.is_none() {
-            stream.farewell();
+        stream.socket.blocking = false;
+        if self.listener.is_none() && stream.draining.is_none() {
+            stream.half_close();
         }
-        self.visitors.push(stream.rest());
+        self.connections.push(stream.enter_gate());
     }
 }
 
@@ -471,13 +470,13 @@ fn descriptors(wanted: u64) -> (usize, usize) {
 
 /// The first SIGTERM or SIGINT sets the flag and rings; the second ends the process at once,
 /// with exit code 1.
-fn signals(ring: &UnixStream) -> io::Result<Arc<AtomicBool>> {
+fn signals(waker: &UnixStream) -> io::Result<Arc<AtomicBool>> {
     use signal_hook::{consts, flag, low_level};
     let seen = Arc::new(AtomicBool::new(false));
     for signal in [consts::SIGTERM, consts::SIGINT] {
         flag::register_conditional_shutdown(signal, 1, seen.clone())?;
         flag::register(signal, seen.clone())?;
-        low_level::pipe::register(signal, ring.try_clone()?)?;
+        low_level::pipe::register(signal, waker.try_clone()?)?;
     }
     Ok(seen)
 }
@@ -568,7 +567,7 @@ struct Head {
     /// A 100 Continue is waited for.
     expect: bool,
     /// The connection may serve another request after this one.
-    stays: bool,
+    keep_alive: bool,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -582,22 +581,17 @@ enum Framing {
 impl Framing {
     /// One length, or one coding (RFC 9112 section 6.3): any second one could be another's first.
     fn of(fields: &HeaderMap) -> Result<Framing, &'static str> {
-        let lengths: Vec<_> = fields.get_all(CONTENT_LENGTH).iter().collect();
-        let codings: Vec<_> = fields.get_all(TRANSFER_ENCODING).iter().collect();
-        match (&lengths[..], &codings[..]) {
-            ([], []) => Ok(Framing::Empty),
-            ([length], []) => {
-                let digits = length.to_str().unwrap_or_default();
-                let number = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
-                let length = Framing::Sized(digits.parse().unwrap_or(u64::MAX));
-                let wrong = "Content-Length is not a number";
-                number.then_some(length).ok_or(wrong)
-            }
-            ([], [coding]) => {
-                let chunked = coding.as_bytes().eq_ignore_ascii_case(b"chunked");
-                let wrong = "Transfer-Encoding is not just chunked";
-                chunked.then_some(Framing::Chunked).ok_or(wrong)
-            }
+        let lengths = fields.get_all(CONTENT_LENGTH).iter();
+        let found = lengths.chain(fields.get_all(TRANSFER_ENCODING));
+        let found: Vec<_> = found.map(|v| v.to_str().unwrap_or_default()).collect();
+        let sized = fields.contains_key(CONTENT_LENGTH);
+        let number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        match found[..] {
+            [] => Ok(Framing::Empty),
+            [n] if sized && number(n) => Ok(Framing::Sized(n.parse().unwrap_or(u64::MAX))),
+            [_] if sized => Err("Content-Length is not a number"),
+            [coding] if coding.eq_ignore_ascii_case("chunked") => Ok(Framing::Chunked),
+            [_] => Err("Transfer-Encoding is not just chunked"),
             _ => Err("two body lengths"),
         }
     }
@@ -664,7 +658,7 @@ impl Head {
             framing: Framing::of(&fields).map_err(malformed)?,
             http10,
             expect: !http10 && lists(&fields, "expect", "100-continue"),
-            stays: !http10 && !lists(&fields, "connection", "close"),
+            keep_alive: !http10 && !lists(&fields, "connection", "close"),
             fields,
         };
         head.check().map_err(malformed)?;
@@ -724,12 +718,11 @@ struct Proxy {
     /// Exchanges that no worker has picked up yet: one for each ticket that is on its way.
     parked: Mutex<VecDeque<Exchange>>,
     verdict: Sender<Verdict>,
-    ring: UnixStream,
+    waker: UnixStream,
 }
 
-/// What tiny_http gets for each exchange, and hands to a worker; with nothing parked, it sends one
-/// home. Always the same, so that the one which is sent at start proves all: nothing that a client
-/// sends can get there.
+/// What tiny_http gets for each exchange, and hands to a worker. Always the same, so that the one
+/// which is sent at start proves all: nothing that a client sends can get there.
 const TICKET: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
 
 /// tiny_http, and the workers that it hands the tickets to.
@@ -738,68 +731,59 @@ struct Pool {
     /// The inner connection.
     inner: UnixStream,
     /// How many workers there may be, there are, and have an exchange.
-    most: usize,
-    hired: usize,
-    lent: usize,
+    limit: usize,
+    running: usize,
+    busy: usize,
     /// When those that have none go home.
-    rest: Instant,
+    retire_at: Instant,
 }
 
 impl Pool {
-    /// Starts tiny_http, and proves it by a ticket that a worker picks up.
-    fn start(proxy: &Arc<Proxy>, most: usize, mut bell: &UnixStream) -> io::Result<Pool> {
+    /// Starts tiny_http, and proves it by a first ticket.
+    fn start(proxy: &Proxy, limit: usize) -> io::Result<Pool> {
         let (listener, inner) = inner_connection(&proxy.config.state_dir)?;
         let server = tiny_http::Server::from_listener(listener, None);
         let mut pool = Pool {
             server: Arc::new(server.map_err(io::Error::other)?),
             inner,
-            most,
-            hired: 0,
-            lent: 0,
-            rest: Instant::now(),
+            limit,
+            running: 0,
+            busy: 0,
+            retire_at: Instant::now() + RETIRE_INTERVAL,
         };
-        pool.hire(proxy)?;
-        pool.send_home();
-        bell.set_read_timeout(Some(PICKUP_TIME))?;
-        bell.read_exact(&mut [0])?;
+        pool.send_ticket();
+        let ticket = pool.server.recv_timeout(PICKUP_TIME)?;
+        drop(ticket.ok_or(ErrorKind::TimedOut)?.into_writer());
         Ok(pool)
     }
 
-    fn hire(&mut self, proxy: &Arc<Proxy>) -> io::Result<()> {
-        let (server, proxy) = (self.server.clone(), proxy.clone());
-        spawn("worker", move || {
-            while let Ok(ticket) = server.recv()
-                && proxy.serve(ticket)
-            {}
-        })?;
-        self.hired += 1;
-        Ok(())
-    }
-
     /// Whether a worker is free. More are hired, as long as there may be, to have some to spare.
-    fn has_one_free(&mut self, proxy: &Arc<Proxy>) -> bool {
-        while self.hired < self.most.min(self.lent + 1 + SPARE_WORKERS) {
-            if let Err(e) = self.hire(proxy) {
-                if self.lent == self.hired {
+    fn ensure_free(&mut self, proxy: &Arc<Proxy>) -> bool {
+        while self.running < self.limit.min(self.busy + 1 + SPARE_WORKERS) {
+            let (server, proxy) = (self.server.clone(), proxy.clone());
+            let work = move || {
+                while let Ok(ticket) = server.recv() {
+                    proxy.serve(ticket);
+                }
+            };
+            if let Err(e) = spawn("worker", work) {
+                if self.busy == self.running {
                     warn!("start a worker: {e}");
                 }
                 break;
             }
+            self.running += 1;
         }
-        self.lent < self.hired
-    }
-
-    fn due(&self) -> Option<Instant> {
-        Some(self.rest).filter(|_| self.lent < self.hired)
+        self.busy < self.running
     }
 
     /// Ends the workers that have nothing to do: a stack that grew keeps its pages for as long as
     /// its thread lives.
-    fn send_home(&mut self) {
-        if left_until(self.rest).is_zero() {
-            (self.lent..self.hired).for_each(|_| self.send_ticket());
-            self.hired = self.lent;
-            self.rest = Instant::now() + REST_TIME;
+    fn retire_idle(&mut self) {
+        if left_until(self.retire_at).is_zero() {
+            (self.busy..self.running).for_each(|_| self.server.unblock());
+            self.running = self.busy;
+            self.retire_at = Instant::now() + RETIRE_INTERVAL;
         }
     }
 
@@ -828,21 +812,20 @@ fn inner_connection(state_dir: &Path) -> io::Result<(UnixListener, UnixStream)> 
 }
 
 impl Proxy {
-    /// Serves the exchange that has been parked longest, if there is one.
-    fn serve(&self, ticket: Request) -> bool {
+    /// Serves the exchange that has been parked longest.
+    fn serve(&self, ticket: Request) {
         let exchange = lock(&self.parked).pop_front();
-        let served = exchange.map(|mut exchange| {
-            exchange.stream.socket.waits = true;
+        if let Some(mut exchange) = exchange {
+            exchange.stream.socket.blocking = true;
             let answer = || {
                 let outcome = fence(&mut exchange, |exchange| self.handle(exchange));
                 exchange.conclude(outcome)
             };
             let verdict = catch_unwind(AssertUnwindSafe(answer));
             let _ = self.verdict.send(verdict.unwrap_or(None));
-        });
+        }
         drop(ticket.into_writer());
-        let _ = (&self.ring).write(&[0]);
-        served.is_some()
+        let _ = (&self.waker).write(&[0]);
     }
 }
 
@@ -912,7 +895,7 @@ impl Exchange {
 
     /// Says what is still to be said, writes the log line, and judges what becomes of the stream.
     fn conclude(mut self, outcome: Outcome) -> Verdict {
-        let mut last = !self.head.stays || !self.body.done;
+        let mut last = !self.head.keep_alive || !self.body.is_done();
         let (mut whole, mut ended) = (true, None);
         match outcome {
             Ok(()) => {}
@@ -920,7 +903,7 @@ impl Exchange {
             Err(Fault::Reply(reply)) => {
                 if reply.status == 401 {
                     // No worker waits for somebody without a token.
-                    (last, self.stream.socket.waits) = (true, false);
+                    (last, self.stream.socket.blocking) = (true, false);
                 }
                 let (bytes, length) = reply.to_bytes(self.head.method == "HEAD", last);
                 ended = Some(reply.message).filter(|_| reply.status != 200);
@@ -933,7 +916,7 @@ impl Exchange {
         }
         self.log(ended);
         if whole && last {
-            self.stream.farewell();
+            self.stream.half_close();
         }
         whole.then_some(self.stream)
     }
@@ -945,7 +928,7 @@ impl Exchange {
 // which paths exist, and nothing is read or refreshed for a request that is refused anyway.
 
 impl Proxy {
-    fn new(config: Config, verdict: Sender<Verdict>, ring: UnixStream) -> Result<Proxy, Error> {
+    fn new(config: Config, verdict: Sender<Verdict>, waker: UnixStream) -> Result<Proxy, Error> {
         let (providers, roots) = (config.providers.iter(), roots()?);
         let upstreams = providers.map(|settings| Upstream::new(settings, &config, &roots));
         Ok(Proxy {
@@ -953,7 +936,7 @@ impl Proxy {
             config,
             parked: Mutex::default(),
             verdict,
-            ring,
+            waker,
         })
     }
 
@@ -971,7 +954,7 @@ impl Proxy {
         }
         let token = upstream.credential.token()?;
         exchange.hold()?;
-        let whole = exchange.body.done;
+        let whole = exchange.body.is_done();
         let mut answer = upstream.send(&url, &token, exchange)?;
         if answer.status() == http::StatusCode::UNAUTHORIZED
             && let Some(newer) = upstream.credential.rejected(&token)
@@ -1066,7 +1049,7 @@ struct Credential {
     /// What everyone looks at, in short locks.
     state: Mutex<State>,
     /// Wakes the keeper for what it has to try again.
-    failed: Condvar,
+    wake_keeper: Condvar,
 }
 
 #[derive(Default)]
@@ -1078,7 +1061,7 @@ struct State {
 }
 
 /// Why there is no new token, and when to try again: `None` is when the file changes.
-type Failure = (String, Option<Instant>);
+type Outage = (String, Option<Instant>);
 
 /// How refreshing the present login went so far.
 #[derive(Default)]
@@ -1086,7 +1069,7 @@ struct Refresh {
     succeeded: Option<SystemTime>,
     /// The last wait after a failure.
     backoff: Duration,
-    failure: Option<Failure>,
+    failure: Option<Outage>,
     /// What it brought that is not on disk yet, after the token that it was spent for.
     unsaved: Option<(Token, Token)>,
 }
@@ -1104,12 +1087,12 @@ struct Token {
 
 impl Token {
     /// Whether both are the same, whatever else is known of them.
-    fn is(&self, other: &Token) -> bool {
+    fn same_tokens(&self, other: &Token) -> bool {
         self.access == other.access && self.refresh == other.refresh
     }
 
     /// Whether both are of one login, which no refresh has changed in between.
-    fn is_of(&self, other: &Option<Token>) -> bool {
+    fn same_refresh_token(&self, other: &Option<Token>) -> bool {
         other.as_ref().is_some_and(|t| t.refresh == self.refresh)
     }
 
@@ -1121,7 +1104,7 @@ impl Token {
 }
 
 /// Why a refresh brought nothing, and how long to wait at least: `None` is for ever.
-type Refusal = (String, Option<Duration>);
+type RefreshError = (String, Option<Duration>);
 
 impl State {
     /// A refresh token that is younger was not worth spending.
@@ -1158,15 +1141,15 @@ impl Credential {
     /// An access token to use now. Waits for a refresh if there is none that is good; and the
     /// first who finds it ageing waits too, while the others use it.
     fn token(&self) -> Result<Token, Reply> {
-        let mut state = self.look(false);
+        let mut state = self.reload(false);
         if let Some(old) = state.due(TOKEN_MARGIN, None).cloned() {
             drop(state);
             let turn = self.turn.try_lock().ok();
             if turn.is_none() && old.lasts(Duration::ZERO) {
                 return Ok(old);
             }
-            self.tend(turn.unwrap_or_else(|| lock(&self.turn)), TOKEN_MARGIN, None);
-            state = self.look(false);
+            self.refresh_if_due(turn.unwrap_or_else(|| lock(&self.turn)), TOKEN_MARGIN, None);
+            state = self.reload(false);
         }
         let dead = |why: &str| Reply::new(503, format!("ai-mux has no login to use: {why}"));
         let usable = |t: &&Token| t.lasts(Duration::ZERO) || state.is_young();
@@ -1185,14 +1168,14 @@ impl Credential {
     /// Upstream answered 401 to this token: a newer one, from disk or from a refresh, if any.
     fn rejected(&self, token: &Token) -> Option<Token> {
         let newer = |other: &Token| other.access != token.access;
-        if !self.look(true).token.as_ref().is_some_and(newer) {
-            self.tend(lock(&self.turn), TOKEN_MARGIN, Some(&token.access));
+        if !self.reload(true).token.as_ref().is_some_and(newer) {
+            self.refresh_if_due(lock(&self.turn), TOKEN_MARGIN, Some(&token.access));
         }
-        self.look(false).token.clone().filter(newer)
+        self.reload(false).token.clone().filter(newer)
     }
 
     fn is_ready(&self) -> bool {
-        let state = self.look(false);
+        let state = self.reload(false);
         let fine = state.refresh.failure.is_none();
         let dead = matches!(state.refresh.failure, Some((_, None)));
         let usable = |t: &Token| t.lasts(Duration::ZERO) || t.refresh.is_some() && fine;
@@ -1205,14 +1188,14 @@ impl Credential {
             let look = || {
                 let turn = lock(&self.turn);
                 self.save(None);
-                self.tend(turn, self.interval + TOKEN_MARGIN, None);
+                self.refresh_if_due(turn, self.interval + TOKEN_MARGIN, None);
             };
             let _ = catch_unwind(AssertUnwindSafe(look));
             let state = lock(&self.state);
             let retry = state.refresh.failure.as_ref().and_then(|(_, until)| *until);
             let retry = retry.map(left_until).filter(|time| !time.is_zero());
             let time = retry.map_or(self.interval, |time| time.min(self.interval));
-            drop(self.failed.wait_timeout(state, time));
+            drop(self.wake_keeper.wait_timeout(state, time));
         }
     }
 
@@ -1223,13 +1206,13 @@ impl Credential {
     }
 
     /// Refreshes a token that is due.
-    fn tend(&self, _turn: MutexGuard<()>, margin: Duration, rejected: Option<&Secret>) {
-        let due = || self.look(true).due(margin, rejected).cloned();
+    fn refresh_if_due(&self, _turn: MutexGuard<()>, margin: Duration, rejected: Option<&Secret>) {
+        let due = || self.reload(true).due(margin, rejected).cloned();
         // Once more, if the login that wins over a refresh is due itself.
         while let Some(old) = due() {
             if let Err((why, least)) = self.refresh(&old) {
                 // Another tool may have refreshed meanwhile; then its login is the newer one.
-                let mut state = self.look(true);
+                let mut state = self.reload(true);
                 if state.token.as_ref() == Some(&old) {
                     self.fail(&mut state.refresh, why, least);
                 }
@@ -1249,11 +1232,11 @@ impl Credential {
         let time = refresh.backoff.max(least).min(RETRY_AFTER_MAX);
         warn!("{name}: refresh: {why}; next try in {}s", time.as_secs());
         refresh.failure = Some((why, Some(Instant::now() + time)));
-        self.failed.notify_all();
+        self.wake_keeper.notify_all();
     }
 
     /// Spends a refresh token, but first finds out what could keep its yield from being saved.
-    fn refresh(&self, old: &Token) -> Result<(), Refusal> {
+    fn refresh(&self, old: &Token) -> Result<(), RefreshError> {
         if lock(&self.state).refresh.unsaved.is_some() {
             let why = "the last one is not on disk yet";
             return Err((why.into(), Some(Duration::ZERO)));
@@ -1264,19 +1247,23 @@ impl Credential {
             error!("{}: {why}; no token was spent", self.provider.name);
             passing(why)
         })?;
-        let new = self.call(old)?;
+        let new = self.request_token(old)?;
         lock(&self.state).refresh.unsaved = Some((old.clone(), new.clone()));
         self.save(Some(draft));
         info!("{}: refreshed", self.provider.name);
         let mut state = lock(&self.state);
-        if state.token.as_ref().is_some_and(|token| token.is(&new)) {
+        if state
+            .token
+            .as_ref()
+            .is_some_and(|token| token.same_tokens(&new))
+        {
             state.refresh.succeeded = Some(SystemTime::now());
         }
         Ok(())
     }
 
     /// Asks the token endpoint. Of its answer, nothing but the `error` word is ever shown.
-    fn call(&self, old: &Token) -> Result<Token, Refusal> {
+    fn request_token(&self, old: &Token) -> Result<Token, RefreshError> {
         let (provider, url) = (self.provider, &self.token_url);
         let passing = |e: &dyn Display| (format!("{url}: {e}"), Some(Duration::ZERO));
         let mut form = json!({ "grant_type": "refresh_token", "client_id": provider.client_id });
@@ -1292,21 +1279,21 @@ impl Credential {
         let json: Value = serde_json::from_slice(&text).unwrap_or_default();
         if !answer.status().is_success() {
             let word = error_word(&json);
-            let wait = (!provider.is_final(status, word)).then(|| wait.unwrap_or_default());
+            let wait = (!provider.is_terminal(status, word)).then(|| wait.unwrap_or_default());
             return Err((format!("{url} answered {status} {word}"), wait));
         }
-        let new = secret(&json["refresh_token"]);
+        let new = secret_in(&json["refresh_token"]);
         // What the answer leaves out stays as it was.
-        let access = secret(&json["access_token"]).or(new.as_ref().map(|_| old.access.clone()));
+        let access = secret_in(&json["access_token"]).or(new.as_ref().map(|_| old.access.clone()));
         let access = access.ok_or_else(|| passing(&"the answer holds no token"))?;
         let lifetime = json["expires_in"].as_f64();
         let lifetime = lifetime.map(|seconds| seconds.clamp(LIFETIME_MIN, LIFETIME_MAX));
         let expires = lifetime.map(|s| SystemTime::now() + Duration::from_secs_f64(s));
         Ok(Token {
-            expires: expires.or_else(|| time(&claims(&access)["exp"])),
+            expires: expires.or_else(|| time_in(&claims(&access)["exp"])),
             refresh: new.or(old.refresh.clone()),
             account: old.account.clone(),
-            id: secret(&json["id_token"]).or(old.id.clone()),
+            id: secret_in(&json["id_token"]).or(old.id.clone()),
             access,
         })
     }
@@ -1317,7 +1304,7 @@ impl Credential {
         let Some((old, new)) = unsaved else { return };
         let draft = draft.map_or_else(|| Draft::new(&self.path), Ok);
         let saved = draft.and_then(|draft| self.write(&old, &new, draft));
-        let mut state = self.look(saved.is_ok());
+        let mut state = self.reload(saved.is_ok());
         // Unless a login of the file's own, or a log-out, has won.
         if let (Err(why), Some(_)) = (saved, &state.refresh.unsaved) {
             error!(
@@ -1334,7 +1321,7 @@ impl Credential {
     fn write(&self, old: &Token, new: &Token, draft: Draft) -> Result<(), String> {
         let failed = |e: io::Error| format!("write {}: {e}", self.path.display());
         let (read, mut json) = self.read().map_err(failed)?;
-        let ours = old.is_of(&self.provider.token_in(&json));
+        let ours = old.same_refresh_token(&self.provider.token_in(&json));
         if ours {
             self.provider.edit(&mut json, new);
             draft.publish(&json, read).map_err(failed)?;
@@ -1351,7 +1338,7 @@ impl Credential {
 
     /// Adopts what is new on disk. `anyway` reads the file even if it seems unchanged. Small and
     /// local, it is read under the lock: whoever waits for that would have to read it as well.
-    fn look(&self, anyway: bool) -> MutexGuard<'_, State> {
+    fn reload(&self, anyway: bool) -> MutexGuard<'_, State> {
         let mut state = lock(&self.state);
         if !anyway && state.stamp.is_some() && state.stamp == stamp(&self.path) {
             return state;
@@ -1376,15 +1363,15 @@ impl Credential {
 
     /// Takes a login, or why there is none, unless it is the known one, or older than ours, or
     /// ours on its way to the disk.
-    fn adopt(&self, state: &mut State, token: Option<Token>, failure: Option<Failure>) {
+    fn adopt(&self, state: &mut State, token: Option<Token>, failure: Option<Outage>) {
         let name = self.provider.name;
         if let Some((old, new)) = &state.refresh.unsaved
-            && (old.is_of(&token) || new.is_of(&token))
+            && (old.same_refresh_token(&token) || new.same_refresh_token(&token))
         {
             return;
         }
         let known = match (&token, &state.token) {
-            (Some(token), Some(own)) => token.is(own),
+            (Some(token), Some(own)) => token.same_tokens(own),
             (token, own) => token == own && failure == state.refresh.failure,
         };
         if known {
@@ -1503,7 +1490,7 @@ impl Drop for Draft {
     }
 }
 
-fn secret(value: &Value) -> Option<Secret> {
+fn secret_in(value: &Value) -> Option<Secret> {
     Secret::new(value.as_str()?)
 }
 
@@ -1528,7 +1515,7 @@ fn claims(token: &Secret) -> Value {
 }
 
 /// A time as credential files have it: milliseconds above 10¹¹, else seconds.
-fn time(value: &Value) -> Option<SystemTime> {
+fn time_in(value: &Value) -> Option<SystemTime> {
     let number = value.as_f64()?.clamp(0.0, 1e14);
     let unit = if number > 1e11 { 1000.0 } else { 1.0 };
     Some(UNIX_EPOCH + Duration::from_secs_f64(number / unit))
@@ -1560,7 +1547,7 @@ struct Provider {
     client_id: &'static str,
     scope: Option<&'static str>,
     /// The error words that end a login, with status 400 or 401; `None`: any 4xx but 408, 429.
-    final_words: Option<&'static [&'static str]>,
+    terminal_errors: Option<&'static [&'static str]>,
     file: &'static str,
     /// The file's object that holds the tokens (else the file itself does), and its keys for
     /// access token, refresh token and expiry.
@@ -1582,7 +1569,7 @@ static PROVIDERS: [Provider; 2] = [
         beta: Some("oauth-2025-04-20"),
         client_id: "9d1c250a-e61b-44d9-88ed-5944d1962f5e",
         scope: None,
-        final_words: None,
+        terminal_errors: None,
         file: ".credentials.json",
         object: "claudeAiOauth",
         keys: ["accessToken", "refreshToken", "expiresAt"],
@@ -1597,7 +1584,7 @@ static PROVIDERS: [Provider; 2] = [
         beta: None,
         client_id: "app_EMoamEEZ73f0CkXaXp7hrann",
         scope: Some("openid profile email"),
-        final_words: Some(&[
+        terminal_errors: Some(&[
             "invalid_grant",
             "refresh_token_expired",
             "refresh_token_reused",
@@ -1616,8 +1603,8 @@ impl Provider {
         state_dir.join(self.name).join(self.file)
     }
 
-    fn is_final(&self, status: u16, word: &str) -> bool {
-        match self.final_words {
+    fn is_terminal(&self, status: u16, word: &str) -> bool {
+        match self.terminal_errors {
             Some(words) => matches!(status, 400 | 401) && words.contains(&word),
             None => matches!(status, 400..500) && !matches!(status, 408 | 429),
         }
@@ -1627,15 +1614,15 @@ impl Provider {
         let [access, refresh, expires] = self.keys;
         let inside = json[self.object].is_object();
         let object = if inside { &json[self.object] } else { json };
-        let access = secret(&object[access])?;
+        let access = secret_in(&object[access])?;
         let claims = claims(&access);
         let claimed = &claims["https://api.openai.com/auth"]["chatgpt_account_id"];
         Some(Token {
             access,
-            refresh: secret(&object[refresh]),
-            expires: time(&object[expires]).or_else(|| time(&claims["exp"])),
-            account: secret(&object["account_id"]).or_else(|| secret(claimed)),
-            id: secret(&object["id_token"]),
+            refresh: secret_in(&object[refresh]),
+            expires: time_in(&object[expires]).or_else(|| time_in(&claims["exp"])),
+            account: secret_in(&object["account_id"]).or_else(|| secret_in(claimed)),
+            id: secret_in(&object["id_token"]),
         })
     }
 
@@ -1765,7 +1752,7 @@ impl Upstream {
             .timeout_recv_body(Some(FOREVER)) // so that a wire can tell that it is in a body
             .max_idle_connections(UPSTREAMS_KEPT)
             .max_idle_connections_per_host(UPSTREAMS_KEPT);
-        let connector = DefaultConnector::new().chain(Wire((), config.stream_idle_timeout));
+        let connector = DefaultConnector::new().chain(IdleLimit((), config.stream_idle_timeout));
         let resolver = DefaultResolver::default();
         Ok(Upstream {
             provider,
@@ -1780,7 +1767,7 @@ impl Upstream {
                 interval: config.refresh_check_interval,
                 turn: Mutex::default(),
                 state: Mutex::default(),
-                failed: Condvar::new(),
+                wake_keeper: Condvar::new(),
             }),
         })
     }
@@ -1855,19 +1842,19 @@ impl Upstream {
 /// A wire of ureq's that keeps to `stream_idle_timeout`, and what makes one of each. It is for
 /// bodies: ureq's own limit for a read would cut a head, a handshake and a proxy's tunnel as well.
 #[derive(Debug)]
-struct Wire<T>(T, Duration);
+struct IdleLimit<T>(T, Duration);
 
-type Made<T> = Result<Option<Wire<T>>, ureq::Error>;
+type Made<T> = Result<Option<IdleLimit<T>>, ureq::Error>;
 
-impl<T: Transport> Connector<T> for Wire<()> {
-    type Out = Wire<T>;
+impl<T: Transport> Connector<T> for IdleLimit<()> {
+    type Out = IdleLimit<T>;
 
     fn connect(&self, _: &ConnectionDetails, wire: Option<T>) -> Made<T> {
-        Ok(wire.map(|wire| Wire(wire, self.1)))
+        Ok(wire.map(|wire| IdleLimit(wire, self.1)))
     }
 }
 
-impl<T: Transport> Transport for Wire<T> {
+impl<T: Transport> Transport for IdleLimit<T> {
     fn await_input(&mut self, mut time: NextTimeout) -> Result<bool, ureq::Error> {
         if time.reason == ureq::Timeout::RecvBody {
             time.per_read = Some(self.1.into());
@@ -1933,21 +1920,21 @@ struct Socket {
     /// Never blocks by itself.
     tcp: TcpStream,
     /// When the present step ends in `TimedOut`.
-    until: Instant,
+    deadline: Instant,
     /// With a worker it waits until then; in the gate it is `WouldBlock`.
-    waits: bool,
+    blocking: bool,
 }
 
 impl Socket {
     fn step<T>(&self, flags: PollFlags, mut go: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         loop {
-            let left = left_until(self.until);
+            let left = left_until(self.deadline);
             if left.is_zero() {
                 return Err(ErrorKind::TimedOut.into());
             }
             match go() {
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == ErrorKind::WouldBlock && self.waits => {
+                Err(e) if e.kind() == ErrorKind::WouldBlock && self.blocking => {
                     let mut source = [PollFd::new(&self.tcp, flags)];
                     let _ = poll(&mut source, left.try_into().ok().as_ref());
                 }
@@ -1973,28 +1960,38 @@ impl Write for Socket {
     }
 }
 
+/// What a stream does while it is in the gate.
+#[derive(Clone, Copy, PartialEq)]
+enum Phase {
+    Handshake,
+    /// A part of a request's head has come.
+    Head,
+    Idle,
+    Draining,
+}
+
 struct Stream {
     socket: Socket,
     peer: SocketAddr,
     tls: Option<Box<rustls::ServerConnection>>,
     /// Read from the client but not used yet: it travels with the stream.
-    ahead: Vec<u8>,
+    buffered: Vec<u8>,
     /// Where the first line of it begins that is not whole yet.
     scanned: usize,
     /// A part of a TLS record has come.
     partial: bool,
     /// In the gate: more may be there than its socket tells.
-    fresh: bool,
+    recheck: bool,
     /// After its last answer, how much of what it still sends is taken.
-    leaving: Option<usize>,
+    draining: Option<usize>,
 }
 
 impl Read for Stream {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        if self.ahead.is_empty() {
+        if self.buffered.is_empty() {
             return self.receive(out);
         }
-        let count = self.ahead.as_slice().read(out)?;
+        let count = self.buffered.as_slice().read(out)?;
         self.consume(count);
         Ok(count)
     }
@@ -2002,65 +1999,73 @@ impl Read for Stream {
 
 impl BufRead for Stream {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        if self.ahead.is_empty() {
+        if self.buffered.is_empty() {
             self.fill()?;
         }
-        Ok(&self.ahead)
+        Ok(&self.buffered)
     }
 
     fn consume(&mut self, count: usize) {
-        self.ahead = self.ahead.split_off(count); // an idle connection holds no buffer
+        self.buffered = self.buffered.split_off(count); // an idle connection holds no buffer
     }
 }
 
 impl Stream {
     fn new(tcp: TcpStream, peer: SocketAddr, tls: Option<rustls::ServerConnection>) -> Stream {
-        let (until, waits) = (Instant::now(), false);
+        let (deadline, blocking) = (Instant::now(), false);
         let stream = Stream {
-            socket: Socket { tcp, until, waits },
+            socket: Socket {
+                tcp,
+                deadline,
+                blocking,
+            },
             peer,
             tls: tls.map(Box::new),
-            ahead: Vec::new(),
+            buffered: Vec::new(),
             scanned: 0,
             partial: false,
-            fresh: true,
-            leaving: None,
+            recheck: true,
+            draining: None,
         };
-        stream.rest()
+        stream.enter_gate()
     }
 
     /// The stream as it is in the gate: between two heads, or after its last answer.
-    fn rest(mut self) -> Stream {
+    fn enter_gate(mut self) -> Stream {
         self.partial = false;
-        self.socket.until = Instant::now() + self.time();
+        self.begin_phase();
         // Of what is here already, the socket does not tell.
-        self.fresh = self.tls.is_some() || !self.ahead.is_empty();
+        self.recheck = self.tls.is_some() || !self.buffered.is_empty();
         self
     }
 
-    /// What it does in the gate: leave, shake hands, send a head.
-    fn doing(&self) -> [bool; 3] {
-        let shaking = self.tls.as_ref().is_some_and(|tls| tls.is_handshaking());
-        let leaving = self.leaving.is_some();
-        let begun = !leaving && (self.partial || !self.ahead.is_empty());
-        [leaving, shaking, begun]
+    fn phase(&self) -> Phase {
+        if self.draining.is_some() {
+            Phase::Draining
+        } else if self.tls.as_ref().is_some_and(|tls| tls.is_handshaking()) {
+            Phase::Handshake
+        } else if self.partial || !self.buffered.is_empty() {
+            Phase::Head
+        } else {
+            Phase::Idle
+        }
     }
 
-    /// How long it has for that.
-    fn time(&self) -> Duration {
-        match self.doing() {
-            [true, ..] => LINGER_TIME,
-            [_, false, false] => IDLE_TIME,
-            _ => HEAD_TIME,
-        }
+    fn begin_phase(&mut self) {
+        self.socket.deadline = Instant::now()
+            + match self.phase() {
+                Phase::Handshake | Phase::Head => HEAD_TIME,
+                Phase::Idle => IDLE_TIME,
+                Phase::Draining => LINGER_TIME,
+            };
     }
 
     /// When the gate looks at it even if its socket is silent.
     fn due(&self) -> Instant {
-        if self.fresh {
+        if self.recheck {
             Instant::now()
         } else {
-            self.socket.until
+            self.socket.deadline
         }
     }
 
@@ -2079,7 +2084,7 @@ impl Stream {
             match tls.reader().read(out) {
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {
                     self.partial |= count > 0 && !shaking;
-                    if !self.socket.waits {
+                    if !self.socket.blocking {
                         return Err(e);
                     }
                 }
@@ -2095,59 +2100,59 @@ impl Stream {
     fn fill(&mut self) -> io::Result<usize> {
         let mut chunk = [0; CHUNK_SIZE];
         let count = self.receive(&mut chunk)?;
-        self.ahead.extend_from_slice(&chunk[..count]);
+        self.buffered.extend_from_slice(&chunk[..count]);
         Ok(count)
     }
 
     /// Reads on in the gate, for one turn: the next head, once it is whole.
     fn read_on(&mut self) -> Result<Option<Head>, Fault> {
-        self.fresh = false;
+        self.recheck = false;
         for _ in 0..2 {
-            let doing = self.doing();
-            if self.leaving.is_none()
+            let phase = self.phase();
+            if self.draining.is_none()
                 && let Some(head) = self.head()?
             {
                 return Ok(Some(head));
             }
             let read = self.fill();
-            if self.doing() != doing {
-                self.socket.until = Instant::now() + self.time();
+            if self.phase() != phase {
+                self.begin_phase();
             }
-            match (read, &mut self.leaving) {
+            match (read, &mut self.draining) {
                 (Ok(1..), None) => {}
                 (Ok(count @ 1..), Some(left)) if count < *left => {
                     *left -= count;
-                    self.ahead.clear();
+                    self.buffered.clear();
                 }
                 (Err(e), _) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
-                (Err(e), None) if e.kind() == ErrorKind::TimedOut && doing[2] => {
+                (Err(e), None) if e.kind() == ErrorKind::TimedOut && phase == Phase::Head => {
                     return Err(Reply::new(408, "the head came too slowly; send it at once").into());
                 }
                 (Err(e), _) => return Err(Fault::Broken(e.to_string())),
                 (Ok(_), _) => return Err(Fault::Broken("it has ended".into())),
             }
         }
-        self.fresh = true;
+        self.recheck = true;
         Ok(None)
     }
 
     /// The head at the start of what was read ahead, once it is whole.
     fn head(&mut self) -> Result<Option<Head>, Reply> {
         // One empty line before a request is nothing (RFC 9112 section 2.2).
-        if self.ahead.starts_with(b"\r\n") {
+        if self.buffered.starts_with(b"\r\n") {
             self.consume(2);
         }
-        let Some(length) = head_end(&self.ahead, &mut self.scanned)? else {
+        let Some(length) = head_end(&self.buffered, &mut self.scanned)? else {
             return Ok(None);
         };
         self.scanned = 0;
-        let head = Head::parse(&self.ahead[..length])?;
+        let head = Head::parse(&self.buffered[..length])?;
         self.consume(length);
         Ok(Some(head))
     }
 
     fn write_piece(&mut self, piece: &[u8]) -> io::Result<()> {
-        self.socket.until = Instant::now() + PIECE_TIME;
+        self.socket.deadline = Instant::now() + PIECE_TIME;
         let Some(tls) = &mut self.tls else {
             return self.socket.write_all(piece);
         };
@@ -2158,13 +2163,13 @@ impl Stream {
 
     /// Says that nothing more will be sent. What still comes is drained: a client that is sending
     /// would see a reset, and not the answer, were it closed at once (RFC 9112 section 9.6).
-    fn farewell(&mut self) {
+    fn half_close(&mut self) {
         if let Some(tls) = &mut self.tls {
             tls.send_close_notify();
             while tls.wants_write() && tls.write_tls(&mut self.socket).is_ok() {}
         }
         let _ = self.socket.tcp.shutdown(Shutdown::Write);
-        self.leaving = Some(LINGER_SIZE);
+        self.draining = Some(LINGER_SIZE);
     }
 }
 
@@ -2182,14 +2187,13 @@ impl Exchange {
     }
 
     fn read_body(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        if std::mem::take(&mut self.head.expect) && !self.body.done {
+        if std::mem::take(&mut self.head.expect) && !self.body.is_done() {
             self.stream.write_piece(b"HTTP/1.1 100 Continue\r\n\r\n")?;
         }
         let began = Instant::now();
-        self.stream.socket.until = began + self.body.patience();
+        self.stream.socket.deadline = began + self.body.patience();
         let count = self.body.read(&mut self.stream, out)?;
         self.body.waited += began.elapsed();
-        self.body.received += count as u64;
         Ok(count)
     }
 }
@@ -2218,11 +2222,9 @@ impl Read for Exchange {
 /// read strictly (RFC 9112 section 7.1), trailers dropped; what is wrong is `InvalidData`.
 #[derive(Default)]
 struct Body {
-    /// Of the present chunk.
+    /// Of the present chunk, and whether another one comes behind it.
     left: u64,
     chunked: bool,
-    begun: bool,
-    done: bool,
     /// How much of it came, and how long it was waited for.
     received: u64,
     waited: Duration,
@@ -2230,17 +2232,17 @@ struct Body {
 
 impl Body {
     fn new(framing: Framing) -> Body {
-        let (left, chunked) = match framing {
-            Framing::Empty => (0, false),
-            Framing::Sized(length) => (length, false),
-            Framing::Chunked => (0, true),
-        };
-        Body {
-            left,
-            chunked,
-            done: left == 0 && !chunked,
-            ..Body::default()
+        let mut body = Body::default();
+        match framing {
+            Framing::Empty => {}
+            Framing::Sized(length) => body.left = length,
+            Framing::Chunked => body.chunked = true,
         }
+        body
+    }
+
+    fn is_done(&self) -> bool {
+        self.left == 0 && !self.chunked
     }
 
     /// How much longer it may be waited for: only time spent waiting for the client counts.
@@ -2250,10 +2252,10 @@ impl Body {
     }
 
     fn read(&mut self, source: &mut impl BufRead, out: &mut [u8]) -> io::Result<usize> {
-        if self.chunked && self.left == 0 && !self.done {
+        if self.chunked && self.left == 0 {
             self.next_chunk(source)?;
         }
-        if self.done || out.is_empty() {
+        if self.is_done() || out.is_empty() {
             return Ok(0);
         }
         let count = source.take(self.left).read(out)?;
@@ -2261,13 +2263,13 @@ impl Body {
             return Err(ErrorKind::UnexpectedEof.into());
         }
         self.left -= count as u64;
-        self.done = self.left == 0 && !self.chunked;
+        self.received += count as u64;
         Ok(count)
     }
 
     /// Reads a chunk's size and, after the last one, the trailers.
     fn next_chunk(&mut self, source: &mut impl BufRead) -> io::Result<()> {
-        if std::mem::replace(&mut self.begun, true) && !chunk_line(source)?.is_empty() {
+        if self.received > 0 && !chunk_line(source)?.is_empty() {
             return Err(invalid("a chunk is longer than its size"));
         }
         let line = chunk_line(source)?;
@@ -2283,7 +2285,7 @@ impl Body {
                 return Err(invalid("there are too many trailers"));
             }
         }
-        self.done = self.left == 0; // not before: what is broken is never read to its end
+        self.chunked = self.left > 0; // not before: what is broken is never read to its end
         Ok(())
     }
 }
@@ -2359,7 +2361,7 @@ fn answer_head(parts: &http::response::Parts, bodyless: bool, asked: &mut Head) 
     let headers = &parts.headers;
     let sized = matches!(Framing::of(headers), Ok(Framing::Sized(_)));
     let chunked = !sized && !bodyless && !asked.http10;
-    asked.stays &= sized || bodyless || chunked;
+    asked.keep_alive &= sized || bodyless || chunked;
     let reason = parts.status.canonical_reason().unwrap_or_default();
     let mut head = format!("HTTP/1.1 {} {reason}\r\n", parts.status.as_str()).into_bytes();
     for (name, value) in headers {
@@ -2374,7 +2376,7 @@ fn answer_head(parts: &http::response::Parts, bodyless: bool, asked: &mut Head) 
     if chunked {
         head.extend(b"transfer-encoding: chunked\r\n");
     }
-    if !asked.stays {
+    if !asked.keep_alive {
         head.extend(b"connection: close\r\n");
     }
     head.extend(b"\r\n");
@@ -2749,11 +2751,10 @@ struct Reply {
 
 impl Reply {
     fn new(status: u16, message: impl Into<String>) -> Reply {
-        let (message, retry_after) = (message.into(), None);
         Reply {
             status,
-            message,
-            retry_after,
+            message: message.into(),
+            retry_after: None,
         }
     }
 
@@ -2798,15 +2799,12 @@ impl Reply {
         };
         let close = if last { "connection: close\r\n" } else { "" };
         let (date, length) = (httpdate::fmt_http_date(SystemTime::now()), body.len());
-        let mut text = format!(
+        let body = if head_only { "" } else { &body };
+        let text = format!(
             "HTTP/1.1 {status}\r\ndate: {date}\r\ncontent-type: application/json\r\n\
-             content-length: {length}\r\n{extra}{again}{close}\r\n"
+             content-length: {length}\r\n{extra}{again}{close}\r\n{body}"
         );
-        if head_only {
-            return (text.into_bytes(), 0);
-        }
-        text += &body;
-        (text.into_bytes(), length as u64)
+        (text.into_bytes(), body.len() as u64)
     }
 }
 

@@ -26,7 +26,7 @@ pub enum Length {
 /// none if it is not whole, or the status of the refusal.
 pub fn head(bytes: &[u8]) -> Result<Option<(Admitted, usize)>, u16> {
     let mut stream = stream(silent());
-    stream.ahead = bytes.to_vec();
+    stream.buffered = bytes.to_vec();
     let head = match stream.read_on() {
         Ok(head) => head,
         Err(Fault::Reply(reply)) => return Err(reply.status),
@@ -47,9 +47,9 @@ pub fn head(bytes: &[u8]) -> Result<Option<(Admitted, usize)>, u16> {
                 Framing::Chunked => Length::Chunked,
             },
             expect: head.expect && head.has_body(),
-            close: !head.stays,
+            close: !head.keep_alive,
         };
-        (admitted, bytes.len() - stream.ahead.len())
+        (admitted, bytes.len() - stream.buffered.len())
     }))
 }
 
@@ -79,7 +79,7 @@ pub fn body(length: Length, source: &mut impl BufRead, room: usize) -> io::Resul
             Ok(0) => return Ok(whole),
             Ok(count) => whole.extend_from_slice(&piece[..count]),
             Err(e) => {
-                assert!(!body.done, "a broken body counts as read: {e}");
+                assert!(!body.is_done(), "a broken body counts as read: {e}");
                 return Err(e);
             }
         }
@@ -91,7 +91,7 @@ pub fn body(length: Length, source: &mut impl BufRead, room: usize) -> io::Resul
 pub fn panic_after(sent: &'static [u8]) -> (Vec<u8>, bool) {
     let (mut client, tcp) = pair();
     let mut exchange = Exchange::new(stream(tcp), Head::default());
-    exchange.stream.socket.waits = true;
+    exchange.stream.socket.blocking = true;
     let outcome = fence(&mut exchange, |exchange| {
         if !sent.is_empty() {
             exchange.report.status = 200;
