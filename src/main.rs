@@ -12,9 +12,9 @@
 //! ```
 //!
 //! The **gate** is one thread that meets all clients: it takes in what they send without waiting
-//! for any one of them, and refuses what is malformed or ambiguous. A whole head becomes an
-//! **exchange**, which waits in its queue until one of the **workers**, a pool of bounded size, is
-//! free. Then it is *parked*, and a ticket goes over the **inner connection** to tiny_http, which
+//! for any one of them, and refuses what is malformed, has no token, or leads nowhere. A whole head
+//! becomes an **exchange**, which waits in its queue until one of the **workers**, a pool of bounded
+//! size, is free. Then it is *parked*, and a ticket goes over the **inner connection** to tiny_http, which
 //! hands it to a worker, but never meets the network, where it has no deadlines, hangs under a
 //! burst, and aborts on an absurd length. The worker takes the exchange, and now waits as long as
 //! it must: it alone reads the body and writes the answer, and it ends with a **verdict** on what
@@ -232,8 +232,8 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
 
 // ─── gate ────────────────────────────────────────────────────────────────────────────────────
 // In: client connections, verdicts, signals. Out: exchanges for the workers, whose heads are
-// well-formed and unambiguous; to the client, only what is decided without a worker: a malformed
-// head, a health answer, a full pool. One thread, and all of it its own but what is parked; it
+// well-formed and have passed the handler's screening; to the client, only what is decided by the
+// head alone, or that the pool is full. One thread, and all of it its own but what is parked; it
 // waits for all clients and for none. No body passes but what is drained after a last answer.
 
 struct Gate {
@@ -415,9 +415,8 @@ impl Gate {
                 return self.settle(exchange.conclude(Err(reply.into())));
             }
         };
-        if exchange.head.is_health() {
-            let health = Reply::new(200, self.proxy.health());
-            return self.settle(exchange.conclude(Err(health.into())));
+        if let Err(reply) = self.proxy.screen(&mut exchange) {
+            return self.settle(exchange.conclude(Err(reply.into())));
         }
         exchange.stream.socket.deadline = Instant::now() + self.proxy.config.request_timeout;
         self.queue.push_back(exchange);
@@ -523,12 +522,11 @@ impl Tls {
         let other = |e| wrong(&format!("is not the key of {}: {e}", cert.display()));
         let mut config = config.map_err(other)?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        let (config, next) = (Arc::new(config), Instant::now() + RENEWAL_CHECK);
         Ok(Tls {
             files,
             seen,
-            next,
-            config,
+            next: Instant::now() + RENEWAL_CHECK,
+            config: Arc::new(config),
         })
     }
 
@@ -646,9 +644,8 @@ impl Head {
         for field in request.headers.iter() {
             let name = HeaderName::try_from(field.name).ok();
             let value = HeaderValue::from_bytes(field.value.trim_ascii()).ok();
-            let (name, value) = name
-                .zip(value)
-                .ok_or_else(|| malformed("a field is none"))?;
+            let field = name.zip(value);
+            let (name, value) = field.ok_or_else(|| malformed("a field is none"))?;
             fields.append(name, value);
         }
         let http10 = request.version == Some(0);
@@ -901,10 +898,7 @@ impl Exchange {
             Ok(()) => {}
             Err(Fault::Broken(why)) => (whole, ended) = (false, Some(why)),
             Err(Fault::Reply(reply)) => {
-                if reply.status == 401 {
-                    // No worker waits for somebody without a token.
-                    (last, self.stream.socket.blocking) = (true, false);
-                }
+                last |= reply.status == 401;
                 let (bytes, length) = reply.to_bytes(self.head.method == "HEAD", last);
                 ended = Some(reply.message).filter(|_| reply.status != 200);
                 if let Err(e) = self.stream.write_piece(&bytes) {
@@ -923,9 +917,9 @@ impl Exchange {
 }
 
 // ─── handler ─────────────────────────────────────────────────────────────────────────────────
-// In: a request whose head is well-formed, and its exchange. Out: the answer, on the exchange's
-// stream, or the fault. The order of the steps is the policy: nobody without a token learns
-// which paths exist, and nothing is read or refreshed for a request that is refused anyway.
+// In: an exchange, whose head is well-formed. Out: the answer, on the exchange's stream, or the
+// fault. The order of the steps is the policy: nobody without a token learns which paths exist,
+// and no worker, no byte of the body and no refresh is spent on what is refused anyway.
 
 impl Proxy {
     fn new(config: Config, verdict: Sender<Verdict>, waker: UnixStream) -> Result<Proxy, Error> {
@@ -940,18 +934,25 @@ impl Proxy {
         })
     }
 
-    fn handle(&self, exchange: &mut Exchange) -> Outcome {
+    /// What the gate can tell by the head alone: a reply, or that it takes a worker.
+    fn screen(&self, exchange: &mut Exchange) -> Result<(), Reply> {
         let (head, peer) = (&exchange.head, exchange.stream.peer);
         debug!("peer={peer} request: {}", shown(&head.fields));
+        if head.is_health() {
+            return Err(Reply::new(200, self.health()));
+        }
         exchange.report.user = self.authenticate(&head.fields)?.to_owned();
-        let (upstream, url) = self.route(&head.target)?;
-        exchange.report.provider = upstream.provider.name;
+        exchange.report.provider = self.route(&head.target)?.0.provider.name;
         if lists(&head.fields, "upgrade", "websocket") {
-            return Err(Reply::new(426, "no WebSocket here; use plain HTTP").into());
+            return Err(Reply::new(426, "no WebSocket here; use plain HTTP"));
         }
-        if matches!(head.framing, Framing::Sized(length) if length > BODY_SIZE) {
-            return Err(body_too_large().into());
-        }
+        let large = matches!(head.framing, Framing::Sized(length) if length > BODY_SIZE);
+        if large { Err(body_too_large()) } else { Ok(()) }
+    }
+
+    /// What a worker does for a request that has passed the gate.
+    fn handle(&self, exchange: &mut Exchange) -> Outcome {
+        let (upstream, url) = self.route(&exchange.head.target)?;
         let token = upstream.credential.token()?;
         exchange.hold()?;
         let whole = exchange.body.is_done();
@@ -1012,13 +1013,13 @@ impl Proxy {
 
     /// Which providers can serve, and nothing secret: JSON.
     fn health(&self) -> String {
-        let states = self.upstreams.iter().map(|upstream| {
+        let mut health = json!({ "status": "ok", "providers": {} });
+        for upstream in &self.upstreams {
             let ready = upstream.credential.is_ready();
             let state = if ready { "ready" } else { "unavailable" };
-            (upstream.provider.name.to_owned(), Value::from(state))
-        });
-        let states: serde_json::Map<_, _> = states.collect();
-        json!({ "status": "ok", "providers": states }).to_string()
+            health["providers"][upstream.provider.name] = state.into();
+        }
+        health.to_string()
     }
 }
 
@@ -1109,9 +1110,8 @@ type RefreshError = (String, Option<Duration>);
 impl State {
     /// A refresh token that is younger was not worth spending.
     fn is_young(&self) -> bool {
-        let age = self.refresh.succeeded.map(|at| at.elapsed());
-        age.and_then(Result::ok)
-            .is_some_and(|age| age < TOKEN_MARGIN)
+        let young = |at: SystemTime| at.elapsed().is_ok_and(|age| age < TOKEN_MARGIN);
+        self.refresh.succeeded.is_some_and(young)
     }
 
     /// The token, if it must be refreshed, `margin` before its end, and may be now.
@@ -1237,11 +1237,10 @@ impl Credential {
 
     /// Spends a refresh token, but first finds out what could keep its yield from being saved.
     fn refresh(&self, old: &Token) -> Result<(), RefreshError> {
-        if lock(&self.state).refresh.unsaved.is_some() {
-            let why = "the last one is not on disk yet";
-            return Err((why.into(), Some(Duration::ZERO)));
-        }
         let passing = |why| (why, Some(Duration::ZERO));
+        if lock(&self.state).refresh.unsaved.is_some() {
+            return Err(passing("the last one is not on disk yet".into()));
+        }
         self.read().map_err(|e| passing(e.to_string()))?; // or it could not be edited
         let draft = Draft::new(&self.path).map_err(|why| {
             error!("{}: {why}; no token was spent", self.provider.name);
@@ -1307,10 +1306,8 @@ impl Credential {
         let mut state = self.reload(saved.is_ok());
         // Unless a login of the file's own, or a log-out, has won.
         if let (Err(why), Some(_)) = (saved, &state.refresh.unsaved) {
-            error!(
-                "{}: {why}; the new login is in memory only",
-                self.provider.name
-            );
+            let name = self.provider.name;
+            error!("{name}: {why}; the new login is in memory only");
             state.token = Some(new);
             let why = "the new login is not on disk yet";
             self.fail(&mut state.refresh, why.into(), Some(Duration::ZERO));
@@ -1374,19 +1371,16 @@ impl Credential {
             (Some(token), Some(own)) => token.same_tokens(own),
             (token, own) => token == own && failure == state.refresh.failure,
         };
+        state.token = token; // what else the file says of a known one may be new
         if known {
-            state.token = token; // what else the file says of it may be new
             return;
         }
         match &failure {
             None => info!("{name}: login read from {}", self.path.display()),
             Some((why, _)) => warn!("{name}: {why}"),
         }
-        state.token = token;
-        state.refresh = Refresh {
-            failure,
-            ..Refresh::default()
-        };
+        state.refresh = Refresh::default();
+        state.refresh.failure = failure;
     }
 
     /// What the file holds, if it is ours to use, else why not and what to do: `InvalidData` if
@@ -1396,10 +1390,7 @@ impl Credential {
         let remedy = format!("(chown -R {user} {})", self.folder());
         let failed = |e: io::Error| match e.kind() {
             kind @ ErrorKind::NotFound => self.lack(kind, "is not there"),
-            kind => self.lack(
-                kind,
-                &format!("cannot be read by user {user}: {e} {remedy}"),
-            ),
+            kind => self.lack(kind, &format!("cannot be read: {e} {remedy}")),
         };
         let meta = fs::metadata(&self.path).map_err(failed)?;
         if meta.uid() != user {
@@ -1988,10 +1979,7 @@ struct Stream {
 
 impl Read for Stream {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        if self.buffered.is_empty() {
-            return self.receive(out);
-        }
-        let count = self.buffered.as_slice().read(out)?;
+        let count = self.fill_buf()?.read(out)?;
         self.consume(count);
         Ok(count)
     }
@@ -2073,15 +2061,17 @@ impl Stream {
         left_until(self.due()).is_zero()
     }
 
-    fn receive(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let Some(tls) = &mut self.tls else {
-            return self.socket.read(out);
-        };
-        // Not rustls::Stream: it reads on for as long as records without data come.
-        loop {
+    /// Takes in what has come, behind what was read ahead.
+    fn fill(&mut self) -> io::Result<usize> {
+        let mut chunk = [0; CHUNK_SIZE];
+        let count = loop {
+            let Some(tls) = &mut self.tls else {
+                break self.socket.read(&mut chunk)?;
+            };
+            // Not rustls::Stream: it reads on for as long as records without data come.
             let shaking = tls.is_handshaking();
             let (count, _) = tls.complete_io(&mut self.socket)?;
-            match tls.reader().read(out) {
+            match tls.reader().read(&mut chunk) {
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {
                     self.partial |= count > 0 && !shaking;
                     if !self.socket.blocking {
@@ -2090,16 +2080,10 @@ impl Stream {
                 }
                 outcome => {
                     self.partial = false;
-                    return outcome;
+                    break outcome?;
                 }
             }
-        }
-    }
-
-    /// Takes in what has come, behind what was read ahead.
-    fn fill(&mut self) -> io::Result<usize> {
-        let mut chunk = [0; CHUNK_SIZE];
-        let count = self.receive(&mut chunk)?;
+        };
         self.buffered.extend_from_slice(&chunk[..count]);
         Ok(count)
     }
@@ -2125,7 +2109,7 @@ impl Stream {
                     self.buffered.clear();
                 }
                 (Err(e), _) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
-                (Err(e), None) if e.kind() == ErrorKind::TimedOut && phase == Phase::Head => {
+                (Err(e), None) if e.kind() == ErrorKind::TimedOut && !self.buffered.is_empty() => {
                     return Err(Reply::new(408, "the head came too slowly; send it at once").into());
                 }
                 (Err(e), _) => return Err(Fault::Broken(e.to_string())),
@@ -2248,7 +2232,9 @@ impl Body {
     /// How much longer it may be waited for: only time spent waiting for the client counts.
     fn patience(&self) -> Duration {
         let earned = Duration::from_millis(self.received * 1000 / BODY_RATE);
-        (BODY_GRACE + earned).saturating_sub(self.waited)
+        (BODY_GRACE + earned)
+            .saturating_sub(self.waited)
+            .min(PIECE_TIME)
     }
 
     fn read(&mut self, source: &mut impl BufRead, out: &mut [u8]) -> io::Result<usize> {
@@ -2324,23 +2310,19 @@ fn relay(answer: Answer, exchange: &mut Exchange) -> Outcome {
     if bodyless {
         return Ok(());
     }
-    // A chunk's size goes before the piece and CRLF behind it, so that it is one write.
-    const SIZE: usize = "4000\r\n".len();
     let mut piece = vec![0; 2048]; // enough for most events; a large answer makes it grow
     let mut reader = body.into_reader();
     loop {
-        let room = piece.len() - 2;
-        let count = reader.read(&mut piece[SIZE..room]).map_err(broken_off)?;
-        let end = SIZE + count;
-        if chunked {
-            let _ = write!(&mut piece[..SIZE], "{count:04x}\r\n"); // always fits
-            piece[end..end + 2].copy_from_slice(b"\r\n");
-        }
-        let framed = if chunked { 0..end + 2 } else { SIZE..end };
-        exchange.stream.write_piece(&piece[framed]).map_err(gone)?;
+        let count = reader.read(&mut piece).map_err(broken_off)?;
+        let (size, data) = (format!("{count:x}\r\n"), &piece[..count]);
+        let framed = match chunked {
+            true => &[size.as_bytes(), data, b"\r\n"].concat(), // so that it is one write
+            false => data,
+        };
+        exchange.stream.write_piece(framed).map_err(gone)?;
         exchange.report.bytes += count as u64;
-        if end == room {
-            piece.resize(SIZE + PIECE_SIZE + 2, 0);
+        if count == piece.len() {
+            piece.resize(PIECE_SIZE, 0);
         }
         if count == 0 {
             return Ok(()); // and the chunk of no bytes was the last
@@ -2368,7 +2350,7 @@ fn answer_head(parts: &http::response::Parts, bodyless: bool, asked: &mut Head) 
         let dropped = is_hop_by_hop(name.as_str())
             || matches!(name.as_str(), "set-cookie" | "alt-svc")
             || name == CONTENT_LENGTH && !sized
-            || lists(headers, "connection", name.as_str());
+            || name != CONTENT_LENGTH && lists(headers, "connection", name.as_str());
         if !dropped {
             head.extend([name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
         }
@@ -2476,9 +2458,8 @@ impl Config {
     /// Where no provider is configured, takes those that have a credential file.
     fn find_providers(mut self) -> Result<Config, Error> {
         if self.providers.is_empty() {
-            let found = PROVIDERS
-                .iter()
-                .filter(|p| p.path(&self.state_dir).exists());
+            let there = |p: &&Provider| p.path(&self.state_dir).exists();
+            let found = PROVIDERS.iter().filter(there);
             let found = found.map(|p| provider(p.name.into()));
             self.providers = found.collect::<Result<_, _>>().map_err(Error::config)?;
         }
@@ -2661,9 +2642,8 @@ const LEVEL: Kind<LevelFilter> = ("debug, info, warn or error", |value| {
 const DURATION: Kind<Duration> = ("60s, 1h30m or the like, or seconds", |value| {
     let seconds = value.as_u64().map(Duration::from_secs);
     // humantime knows months, too.
-    let text = value
-        .as_str()
-        .filter(|text| !text.contains(|c| "Mdiwy".contains(c)));
+    let short = |text: &&str| !text.contains(|c| "Mdiwy".contains(c));
+    let text = value.as_str().filter(short);
     let time = seconds.or_else(|| humantime::parse_duration(text?).ok())?;
     Some(time).filter(|time| !time.is_zero() && *time <= FOREVER)
 });

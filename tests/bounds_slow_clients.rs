@@ -13,7 +13,7 @@ const LONG: Duration = Duration::from_secs(60);
 
 type Family = fn(&Mux, &Upstream);
 
-const FAMILIES: [(&str, Family); 9] = [
+const FAMILIES: [(&str, Family); 10] = [
     ("heads that stay half", half_sent_heads),
     ("heads that drip", dripped_heads),
     (
@@ -21,6 +21,7 @@ const FAMILIES: [(&str, Family); 9] = [
         half_sent_behind_a_whole_one,
     ),
     ("bodies that never come", bodies_that_never_come),
+    ("bodies that stop half way", half_sent_bodies),
     ("bodies that drip", dripped_bodies),
     ("chunks that drip", dripped_chunks),
     ("answers that nobody reads", never_readers),
@@ -162,6 +163,18 @@ fn bodies_that_never_come(mux: &Mux, up: &Upstream) {
     assert_408(&mut clients);
     // Of the large ones, upstream has heard the head; but of none a whole request.
     assert!(up.requests().len() <= 2 + 21);
+}
+
+/// What came fast is no credit for a silence of minutes: a laptop that was closed holds no worker so long.
+fn half_sent_bodies(mux: &Mux, _: &Upstream) {
+    let mut clients = clients(mux, 8);
+    for (number, client) in clients.iter_mut().enumerate() {
+        let length = ["900000", "9000000"][number % 2];
+        client.start("POST", MESSAGES, &[BEARER, ("content-length", length)]);
+        client.send([b'x'; 100_000]);
+    }
+    assert_served_beside(mux, &clients);
+    assert_408(&mut clients);
 }
 
 /// They hold every worker there is, and lose them all.

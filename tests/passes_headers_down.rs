@@ -241,3 +241,18 @@ fn a_length_that_is_said_twice_is_not_passed_on() {
     assert_eq!(answer.text(), "fine");
     assert!(answer.head.all("content-length").len() < 2);
 }
+
+/// Without its length, nobody could tell where it ends.
+#[test]
+fn a_length_that_connection_names_is_passed_on() {
+    let up = Upstream::start(|_, conn| {
+        let named = ("connection", "content-length, x-own");
+        conn.head(200, &[named, ("content-length", "4"), ("x-own", "1")])?;
+        conn.wire.send(b"fine")
+    });
+    let mux = Mux::start(&up);
+    let answer = mux.message();
+    assert_eq!(answer.header("content-length"), Some("4"));
+    assert_eq!(answer.header("x-own"), None);
+    assert_eq!(answer.text(), "fine");
+}

@@ -66,6 +66,33 @@ fn sixty_four_clients_of_a_full_pool_are_told_when_to_come_back() {
     mux.assert_recovered(before, 4);
 }
 
+/// A pool full of streams says what is wrong with a request as soon as a free one does.
+#[test]
+fn what_is_refused_anyway_waits_for_no_worker() {
+    let (up, go) = two_events();
+    let mux = Setup::new(&up).set("workers", 1).start();
+    let mut busy = occupy(&mux, 1);
+    let cases = [
+        (401, MESSAGES, vec![]),
+        (401, MESSAGES, vec![("x-api-key", "wrong")]),
+        (404, "/claude/v2/messages", vec![BEARER]),
+        (426, MESSAGES, vec![BEARER, ("upgrade", "websocket")]),
+        (
+            413,
+            MESSAGES,
+            vec![BEARER, ("content-length", "99999999999")],
+        ),
+    ];
+    for (status, path, headers) in cases {
+        let answer = mux.client().start("GET", path, &headers).answer();
+        assert_eq!(answer.status, status, "{path} {headers:?}");
+        assert_eq!(answer.header("x-should-retry"), Some("false"), "{status}");
+    }
+    go.advance();
+    busy.iter_mut().for_each(assert_whole);
+    assert_eq!(up.requests().len(), 1);
+}
+
 /// As many as there are workers twenty times over, each with a body that never comes.
 #[test]
 fn a_body_without_a_token_holds_no_worker() {

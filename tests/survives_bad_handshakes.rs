@@ -155,3 +155,24 @@ fn a_record_that_drips_is_let_go() {
     });
     assert!(drips.count() < 100, "a record may drip for ever");
 }
+
+/// A client that changes its keys between two requests has begun none: it hears of none that was too slow.
+#[test]
+fn new_keys_are_no_head_that_has_begun() {
+    let authority = Authority::new();
+    let mux = Setup::new(&Upstream::plain()).tls(&authority).start();
+    let socket = mux.client().wire.socket().try_clone().expect("a socket");
+    let tls = authority.client(&[&rustls::version::TLS13]);
+    let mut client = rustls::StreamOwned::new(tls, socket);
+    client
+        .write_all(b"HEAD / HTTP/1.1\r\nhost: x\r\n\r\n")
+        .expect("send");
+    let mut heard = vec![0; 4096];
+    let count = client.read(&mut heard).expect("an answer");
+    assert!(heard[..count].starts_with(b"HTTP/1.1 200 "));
+    client.conn.refresh_traffic_keys().expect("new keys");
+    client.flush().expect("send them");
+    let more = client.read(&mut heard).map_or(0, |count| count);
+    assert_eq!(more, 0, "an answer that nobody asked for");
+    assert!(!mux.log().contains("status=408"), "{}", mux.log());
+}

@@ -49,6 +49,16 @@ impl Authority {
         self.connect_with(addr, versions, b"")
     }
 
+    pub fn client(&self, versions: &[&'static SupportedProtocolVersion]) -> ClientConnection {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.cert.clone()).expect("a root");
+        let config = ClientConfig::builder_with_protocol_versions(versions)
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = ServerName::try_from("localhost").expect("a name");
+        ClientConnection::new(Arc::new(config), name).expect("a client")
+    }
+
     /// Sends `early` together with the last of the handshake.
     pub fn connect_with(
         &self,
@@ -56,13 +66,7 @@ impl Authority {
         versions: &[&'static SupportedProtocolVersion],
         early: &[u8],
     ) -> io::Result<Wire> {
-        let mut roots = RootCertStore::empty();
-        roots.add(self.cert.clone()).expect("a root");
-        let config = ClientConfig::builder_with_protocol_versions(versions)
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        let name = ServerName::try_from("localhost").expect("a name");
-        let mut tls = ClientConnection::new(Arc::new(config), name).expect("a client");
+        let mut tls = self.client(versions);
         tls.writer().write_all(early)?;
         let mut socket = TcpStream::connect_timeout(&addr, super::http::PATIENCE)?;
         socket.set_read_timeout(Some(super::http::PATIENCE))?;
