@@ -42,7 +42,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -216,9 +216,18 @@ fn lock_state_dir(folder: &Path) -> Result<File, Error> {
 }
 
 /// Takes a lock whatever a panicking thread left behind: every state here is valid after each
-/// statement. Nothing is waited for while one is held, but a small file on this machine.
+/// statement. Nothing is waited for while one is held, but a small file on this machine; only a
+/// credential's `turn` is held for a whole refresh.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    match mutex.try_lock() {
+        Err(TryLockError::WouldBlock) => None,
+        Err(TryLockError::Poisoned(left)) => Some(left.into_inner()),
+        Ok(guard) => Some(guard),
+    }
 }
 
 fn left_until(deadline: Instant) -> Duration {
@@ -1059,6 +1068,8 @@ struct State {
     /// Of the file when it was last read; `None` when it must be read again anyhow.
     stamp: Option<Stamp>,
     refresh: Refresh,
+    /// No refresh begins any more.
+    stopping: bool,
 }
 
 /// Why there is no new token, and when to try again: `None` is when the file changes.
@@ -1071,6 +1082,8 @@ struct Refresh {
     /// The last wait after a failure.
     backoff: Duration,
     failure: Option<Outage>,
+    /// The file's when it failed: a change of the file is worth another try.
+    failed_with: Option<Stamp>,
     /// What it brought that is not on disk yet, after the token that it was spent for.
     unsaved: Option<(Token, Token)>,
 }
@@ -1116,13 +1129,14 @@ impl State {
 
     /// The token, if it must be refreshed, `margin` before its end, and may be now.
     fn due(&self, margin: Duration, rejected: Option<&Secret>) -> Option<&Token> {
-        let waiting = match &self.refresh.failure {
+        let token = self.token.as_ref()?;
+        let waits = match &self.refresh.failure {
             Some((_, until)) => until.is_none_or(|at| !left_until(at).is_zero()),
             None => self.is_young(),
         };
-        let due = |t: &&Token| !t.lasts(margin) || rejected == Some(&t.access);
-        let token = self.token.as_ref().filter(|_| !waiting);
-        token.filter(|token| token.refresh.is_some()).filter(due)
+        let wanted = !token.lasts(margin) || rejected == Some(&token.access);
+        let due = wanted && token.refresh.is_some() && !waits && !self.stopping;
+        due.then_some(token)
     }
 }
 
@@ -1144,7 +1158,7 @@ impl Credential {
         let mut state = self.reload(false);
         if let Some(old) = state.due(TOKEN_MARGIN, None).cloned() {
             drop(state);
-            let turn = self.turn.try_lock().ok();
+            let turn = try_lock(&self.turn);
             if turn.is_none() && old.lasts(Duration::ZERO) {
                 return Ok(old);
             }
@@ -1168,7 +1182,8 @@ impl Credential {
     /// Upstream answered 401 to this token: a newer one, from disk or from a refresh, if any.
     fn rejected(&self, token: &Token) -> Option<Token> {
         let newer = |other: &Token| other.access != token.access;
-        if !self.reload(true).token.as_ref().is_some_and(newer) {
+        let good = |other: &Token| newer(other) && other.lasts(Duration::ZERO);
+        if !self.reload(true).token.as_ref().is_some_and(good) {
             self.refresh_if_due(lock(&self.turn), TOKEN_MARGIN, Some(&token.access));
         }
         self.reload(false).token.clone().filter(newer)
@@ -1199,16 +1214,20 @@ impl Credential {
         }
     }
 
-    /// Waits for a refresh that runs, lets no other begin, and writes what is unsaved.
+    /// Lets no refresh begin, waits for one that runs, and writes what is unsaved.
     fn finish(&self) {
-        std::mem::forget(lock(&self.turn));
+        lock(&self.state).stopping = true;
+        let end = Instant::now() + TOKEN_TIME;
+        while try_lock(&self.turn).is_none() && !left_until(end).is_zero() {
+            thread::sleep(ACCEPT_PAUSE);
+        }
         self.save(None);
     }
 
     /// Refreshes a token that is due.
     fn refresh_if_due(&self, _turn: MutexGuard<()>, margin: Duration, rejected: Option<&Secret>) {
         let due = || self.reload(true).due(margin, rejected).cloned();
-        // Once more, if the login that wins over a refresh is due itself.
+        // Again, if the file wins over the refresh with a login that is due itself.
         while let Some(old) = due() {
             if let Err((why, least)) = self.refresh(&old) {
                 // Another tool may have refreshed meanwhile; then its login is the newer one.
@@ -1223,8 +1242,9 @@ impl Credential {
     /// Notes a failure: for `least` or the back-off, whichever is longer, or until the file changes.
     fn fail(&self, refresh: &mut Refresh, why: String, least: Option<Duration>) {
         let (name, remedy) = (self.provider.name, self.remedy());
+        refresh.failed_with = stamp(&self.path);
         let Some(least) = least else {
-            error!("{name}: refresh: {why}; it is down until there is a new login; {remedy}");
+            error!("{name}: refresh: {why}; it is down until its file changes; {remedy}");
             refresh.failure = Some((format!("{why}; {remedy}"), None));
             return;
         };
@@ -1249,13 +1269,9 @@ impl Credential {
         let new = self.request_token(old)?;
         lock(&self.state).refresh.unsaved = Some((old.clone(), new.clone()));
         self.save(Some(draft));
-        info!("{}: refreshed", self.provider.name);
         let mut state = lock(&self.state);
-        if state
-            .token
-            .as_ref()
-            .is_some_and(|token| token.same_tokens(&new))
-        {
+        if state.token.as_ref().is_some_and(|t| t.same_tokens(&new)) {
+            info!("{}: refreshed", self.provider.name);
             state.refresh.succeeded = Some(SystemTime::now());
         }
         Ok(())
@@ -1274,13 +1290,15 @@ impl Credential {
         let mut answer = request.send(form.to_string()).map_err(|e| passing(&e))?;
         let (status, wait) = (answer.status().as_u16(), retry_after(answer.headers()));
         let body = answer.body_mut().with_config().limit(TOKEN_SIZE);
-        let text = body.read_to_vec().map_err(|e| passing(&e))?;
-        let json: Value = serde_json::from_slice(&text).unwrap_or_default();
+        let text = body.read_to_vec();
         if !answer.status().is_success() {
+            let json: Value = serde_json::from_slice(&text.unwrap_or_default()).unwrap_or_default();
             let word = error_word(&json);
             let wait = (!provider.is_terminal(status, word)).then(|| wait.unwrap_or_default());
             return Err((format!("{url} answered {status} {word}"), wait));
         }
+        let text = text.map_err(|e| passing(&e))?;
+        let json: Value = serde_json::from_slice(&text).unwrap_or_default();
         let new = secret_in(&json["refresh_token"]);
         // What the answer leaves out stays as it was.
         let access = secret_in(&json["access_token"]).or(new.as_ref().map(|_| old.access.clone()));
@@ -1347,7 +1365,11 @@ impl Credential {
             let token = self.provider.token_in(&json);
             token.ok_or_else(|| self.lack(ErrorKind::NotFound, "holds no login"))
         });
-        let lasting = |e| matches!(e, ErrorKind::NotFound | ErrorKind::InvalidInput);
+        let lasting = |e| match e {
+            ErrorKind::NotFound | ErrorKind::NotADirectory => true,
+            // The only copy of a new login is not let go for a file that may be mended.
+            kind => kind == ErrorKind::InvalidInput && state.refresh.unsaved.is_none(),
+        };
         match (found, &state.token) {
             (Ok(token), _) => self.adopt(&mut state, Some(token), None),
             // What may pass is no log-out: ours stays, which may be the only copy.
@@ -1373,6 +1395,9 @@ impl Credential {
         };
         state.token = token; // what else the file says of a known one may be new
         if known {
+            if state.token.is_some() && state.refresh.failed_with != stamp(&self.path) {
+                state.refresh.failure = None;
+            }
             return;
         }
         match &failure {
@@ -1434,6 +1459,8 @@ struct Draft {
     target: PathBuf,
     path: PathBuf,
     file: File,
+    /// Held on the target by the one who replaces it: the draft's name is always the same.
+    _lock: File,
 }
 
 impl Draft {
@@ -1442,7 +1469,16 @@ impl Draft {
         let name = path.display();
         let failed = |e| format!("{name} cannot be replaced: {e}; let ai-mux write to its folder");
         let target = path.canonicalize().map_err(failed)?;
-        let path = target.with_extension("ai-mux-new");
+        let lock = File::open(&target).map_err(failed)?;
+        let inode = |meta: fs::Metadata| (meta.dev(), meta.ino());
+        let locked = lock.try_lock().is_ok()
+            && lock.metadata().map(inode).ok() == fs::metadata(&target).map(inode).ok();
+        if !locked {
+            return Err(format!(
+                "{name} is in use by another ai-mux; stop one of them"
+            ));
+        }
+        let path = PathBuf::from([target.as_os_str(), "ai-mux-new".as_ref()].join(".".as_ref()));
         let _ = fs::remove_file(&path); // left behind by kill -9
         // A file that is mounted by itself cannot be linked to, nor replaced (link(2), EXDEV).
         if let Err(e) = fs::hard_link(&target, &path)
@@ -1455,15 +1491,20 @@ impl Draft {
         let mut options = File::options();
         options.write(true).create_new(true).mode(0o600);
         let file = options.open(&path).map_err(failed)?;
-        let mut draft = Draft { target, path, file };
+        let mut draft = Draft {
+            target,
+            path,
+            file,
+            _lock: lock,
+        };
         let filled = io::copy(&mut io::repeat(b' ').take(size), &mut draft.file);
         filled.and_then(|_| draft.file.sync_all()).map_err(failed)?;
         Ok(draft)
     }
 
     /// Puts the text in place, unless the file is no longer the one that was `read`.
-    fn publish(self, json: &Value, read: Stamp) -> io::Result<()> {
-        let text = serde_json::to_vec_pretty(json)?;
+    fn publish(mut self, json: &Value, read: Stamp) -> io::Result<()> {
+        let text = serde_json::to_vec(json)?; // never longer than what it replaces, but for the tokens
         self.file.write_all_at(&text, 0)?;
         self.file.set_len(text.len() as u64)?;
         self.file.sync_all()?;
@@ -1471,13 +1512,14 @@ impl Draft {
             return Err(io::Error::other("another program has changed it"));
         }
         fs::rename(&self.path, &self.target)?;
+        self.path.clear(); // with the target it has lost its lock, so that name may be another's
         File::open(self.target.parent().unwrap_or(Path::new("/")))?.sync_all()
     }
 }
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path); // gone already, once published
+        let _ = fs::remove_file(&self.path); // none, once published
     }
 }
 

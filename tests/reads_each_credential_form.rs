@@ -281,3 +281,20 @@ fn a_saved_file_is_private() {
     assert_eq!(mode(), 0o600, "tightened without a refresh too");
     assert_eq!(up.refreshes().len(), 1);
 }
+
+/// What keeps a file small is kept as well: indented, this one would be too large to be read again.
+#[test]
+fn a_saved_file_has_not_grown() {
+    let up = Upstream::plain();
+    let mut file = up.login("claude", -10).claude();
+    file["own"] = json!(vec![json!([1]); 60_000]);
+    let setup = Setup::bare(&up).save("claude", &file);
+    let path = login::path(&setup.state(), "claude");
+    let compact = file.to_string();
+    fs::write(&path, &compact).expect("write a file");
+    let mux = setup.start();
+    assert_eq!(mux.message().status, 200);
+    assert_eq!(mux.message().status, 200);
+    let size = fs::metadata(&path).expect("a file").len();
+    assert!(size < compact.len() as u64 + 1000, "{size} bytes");
+}

@@ -236,6 +236,14 @@ fn what_was_found_in_a_secret_field_is_not_shown() {
         "providers: [{name: claude, headers: {x-a:Pw5xKt: 1}}]".to_owned(),
         "users: [{name: alice, token: !!int Pw5xKtRb8zHnVc3mXd}]".to_owned(),
         "users: {Pw5xKtRb8zHnVc3mXd: a, Pw5xKtRb8zHnVc3mXd: b}".to_owned(),
+        "users: [{name: alice, token: !!int pw_secret_token}]".to_owned(),
+        "users: [{name: {token: Pw5xKtRb8zHnVc3mXd}}]".to_owned(),
+        "listen: {users: [{name: alice, token: Pw5xKtRb8zHnVc3mXd}]}".to_owned(),
+        "workers: [{token: Pw5xKtRb8zHnVc3mXd}]".to_owned(),
+        "providers: [{name: claude, base_url: {headers: {x-a: Pw5xKt}}}]".to_owned(),
+        "providers: [{name: {headers: {x-a: Pw5xKt}}}]".to_owned(),
+        "providers: [{name: claude, headers: {x-a=Pw5xKt: }}]".to_owned(),
+        "providers: [{name: claude, headers: {'x-a = Pw5xKt': 1}}]".to_owned(),
         "proxy: !!int Pw5xKtRb8zHn".to_owned(),
         "proxy: Pw5xKtRb8zHn".to_owned(),
         "proxy: [Pw5xKtRb8zHn]".to_owned(),
@@ -246,7 +254,7 @@ fn what_was_found_in_a_secret_field_is_not_shown() {
         let (code, said) = run("wrong.yaml", &text);
         assert_eq!(code, 2, "{text}: {said}");
         assert_eq!(said.trim_end().lines().count(), 1, "{text}: {said}");
-        for secret in ["Pw5xKt", "Rb8zHn", "Vc3mXd", "666777"] {
+        for secret in ["Pw5xKt", "Rb8zHn", "Vc3mXd", "666777", "pw_secret"] {
             assert!(!said.contains(secret), "{text}: {said}");
         }
     }

@@ -47,9 +47,25 @@ fn with_the_same_body_and_a_new_token() {
 
 #[test]
 fn with_the_token_on_disk_if_that_is_newer() {
+    let (tokens, newer, refreshes) = replaced_meanwhile(3600);
+    assert_eq!(tokens[1..], [newer]);
+    assert_eq!(refreshes, 0);
+}
+
+/// A newer login may have ended, too.
+#[test]
+fn with_what_a_refresh_makes_of_a_newer_login_that_has_ended() {
+    let (tokens, newer, refreshes) = replaced_meanwhile(-10);
+    assert!(tokens.len() == 2 && tokens[1] != newer);
+    assert_eq!(refreshes, 1);
+}
+
+/// The login is replaced while upstream looks at the old one, which it refuses: the tokens that upstream saw,
+/// the one on disk, and how many refreshes there were.
+fn replaced_meanwhile(ttl: i64) -> (Vec<String>, String, usize) {
     let up = Upstream::plain();
     let setup = Setup::new(&up);
-    let (old, newer) = (up.login("claude", 3600), up.login("claude", 3600));
+    let (old, newer) = (up.login("claude", 3600), up.login("claude", ttl));
     let (state, file) = (setup.state(), newer.claude());
     let up = {
         let stale = old.access.clone();
@@ -70,13 +86,9 @@ fn with_the_token_on_disk_if_that_is_newer() {
         .save("claude", &old.claude())
         .start();
     assert_eq!(mux.message().text(), "fine");
-    let tokens: Vec<_> = up
-        .requests()
-        .iter()
-        .map(|r| r.bearer().to_owned())
-        .collect();
-    assert_eq!(tokens, [old.access, newer.access]);
-    assert_eq!(up.refreshes().len(), 0);
+    let requests = up.requests();
+    let tokens = requests.iter().map(|r| r.bearer().to_owned());
+    (tokens.collect(), newer.access, up.refreshes().len())
 }
 
 /// The upstream refuses every token: its second word stands, and is not asked for again within a minute.

@@ -4,7 +4,7 @@
 mod common;
 use common::*;
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -75,6 +75,25 @@ fn unsaved(up: &Upstream, setup: Setup) -> Mux {
     assert_eq!(mux.message().status, 200, "the tokens in memory serve");
     assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
     mux
+}
+
+/// The same when the file itself is another user's for a moment.
+#[test]
+fn a_login_is_not_given_up_for_a_file_that_was_given_away() {
+    let up = Upstream::plain();
+    let setup = Setup::new(&up).save("claude", &up.login("claude", -10).claude());
+    let path = login::path(&setup.state(), "claude");
+    if chown(&path, Some(0), None).is_err() {
+        return eprintln!("SKIPPED: only root gives a file away");
+    }
+    let given = path.clone();
+    up.on_refresh(move |_, _| chown(&given, Some(0), None).map(|()| false));
+    let mux = setup.unprivileged().start();
+    mux.wait_log("ERROR");
+    assert_eq!(mux.message().status, 200, "the tokens in memory serve");
+    chown(&path, Some(setup::NOBODY), None).expect("give a file away");
+    wait_until_saved(&up, &mux);
+    assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
 }
 
 fn wait_until_saved(up: &Upstream, mux: &Mux) {

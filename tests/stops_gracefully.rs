@@ -163,3 +163,26 @@ fn no_refresh_begins_after_the_signal() {
     assert_eq!(seen.count(), 1);
     assert_eq!(up.refreshes().len(), 2);
 }
+
+/// Not even for a login that has ended, and has won over the refresh that runs.
+#[test]
+fn no_second_refresh_begins_behind_the_one_that_is_waited_for() {
+    let up = Upstream::plain();
+    let go = Steps::default();
+    let held = go.clone();
+    up.on_refresh(move |_, _| {
+        held.wait(1);
+        Ok(false)
+    });
+    let setup = Setup::new(&up).save("claude", &up.login("claude", -10).claude());
+    let mut mux = setup.start();
+    up.wait(1, Request::is_refresh);
+    mux.signal(Signal::TERM);
+    while TcpStream::connect(mux.addr).is_ok() {} // until it has heard
+    let winner = up.login("claude", -10);
+    login::save(&mux.state(), "claude", &winner.claude());
+    go.advance();
+    assert_eq!(mux.wait_exit(), 0);
+    assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+    assert!(up.honours(&winner.refresh));
+}

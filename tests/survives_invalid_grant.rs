@@ -32,6 +32,7 @@ fn a_login_that_is_over_is_told_once_and_asked_for_no_more() {
         ),
         ("claude", 401, json!({"error": "unauthorized"})),
         ("claude", 403, json!({})),
+        ("claude", 400, json!({"error": " ".repeat(100_000)})),
         (
             "claude",
             404,
@@ -92,6 +93,32 @@ fn a_login_that_is_over_is_told_once_and_asked_for_no_more() {
             "{case}"
         );
         assert_eq!(up.refreshes().len(), 1, "{case}");
+    });
+}
+
+/// Whoever has mended what the vendor did not like touches the file, and need not wait.
+#[test]
+fn a_changed_file_is_worth_another_try() {
+    let troubles = [(403, "claude"), (429, "chatgpt")];
+    at_once(troubles, |(status, provider)| {
+        let up = Upstream::plain();
+        up.on_refresh(move |_, conn| {
+            conn.respond(status, &[("retry-after", "300")], b"{}")?;
+            Ok(true)
+        });
+        let ended = up.login(provider, -10);
+        let setup = Setup::new(&up).save(provider, &ended.file(provider));
+        let mux = setup.start();
+        let ask = || mux.ask("POST", target(provider), &[], b"{}").status;
+        assert_eq!((ask(), ask()), (503, 503), "{provider}");
+        assert_eq!(up.refreshes().len(), 1, "{provider}");
+        up.refresh_again();
+        assert_eq!(ask(), 503, "{provider}");
+        let path = login::path(&mux.state(), provider);
+        let file = std::fs::File::options().append(true).open(path);
+        let touched = file.and_then(|f| f.set_modified(std::time::SystemTime::now()));
+        touched.expect("touch a file");
+        assert_eq!(ask(), 200, "{provider}");
     });
 }
 
