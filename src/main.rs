@@ -27,7 +27,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Display;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, BufRead, Cursor, ErrorKind, Read, Write};
@@ -493,7 +493,10 @@ fn signals(waker: &UnixStream) -> io::Result<Arc<AtomicBool>> {
 fn listen(addresses: &[SocketAddr]) -> Result<TcpListener, Error> {
     use rustix::net::{AddressFamily, SocketType, bind, listen, socket, sockopt};
     let open = |address: &SocketAddr| {
-        let family = [AddressFamily::INET, AddressFamily::INET6][usize::from(address.is_ipv6())];
+        let family = match address {
+            SocketAddr::V4(_) => AddressFamily::INET,
+            SocketAddr::V6(_) => AddressFamily::INET6,
+        };
         let socket = socket(family, SocketType::STREAM, None)?;
         sockopt::set_socket_reuseaddr(&socket, true)?;
         let _ = sockopt::set_ipv6_v6only(&socket, false); // an IPv4 one has no such option
@@ -502,8 +505,13 @@ fn listen(addresses: &[SocketAddr]) -> Result<TcpListener, Error> {
         let listener = TcpListener::from(socket);
         listener.set_nonblocking(true).map(|()| listener)
     };
-    let tried = addresses.iter().map(open).reduce(Result::or);
-    let tried = tried.unwrap_or(Err(ErrorKind::NotFound.into()));
+    let mut tried = Err(ErrorKind::NotFound.into());
+    for address in addresses {
+        tried = open(address);
+        if tried.is_ok() {
+            break;
+        }
+    }
     tried.map_err(|e: io::Error| Error::start(format!("listen on {addresses:?}"), e))
 }
 
@@ -654,7 +662,8 @@ impl Head {
             let name = HeaderName::try_from(field.name).ok();
             let value = HeaderValue::from_bytes(field.value.trim_ascii()).ok();
             let field = name.zip(value);
-            let (name, value) = field.ok_or_else(|| malformed("a field is none"))?;
+            let (name, value) =
+                field.ok_or_else(|| malformed("a header has no valid name or value"))?;
             fields.append(name, value);
         }
         let http10 = request.version == Some(0);
@@ -682,12 +691,14 @@ impl Head {
         match method {
             // TRACE would have the upstream send our token back to the client.
             "TRACE" | "CONNECT" => Err("the method is not one that can be passed on"),
-            _ if !capitals || method.len() > 32 => Err("the method is none"),
-            _ if !target.starts_with('/') => Err("the target is not a path; send no whole URL"),
+            _ if !capitals || method.len() > 32 => Err("the method is not valid"),
+            _ if !target.starts_with('/') => Err("the target must be a path, not a URL"),
             _ if !target.bytes().all(plain) => Err("the target must be percent-encoded"),
             _ if hosts.is_empty() && !self.http10 => Err("there is no Host"),
-            _ if hosts.len() > 1 => Err("there are two Hosts"),
-            _ if !hosts.iter().all(|h| h.as_bytes().iter().all(hostly)) => Err("Host is no host"),
+            _ if hosts.len() > 1 => Err("there is more than one Host"),
+            _ if !hosts.iter().all(|h| h.as_bytes().iter().all(hostly)) => {
+                Err("Host is not a host name")
+            }
             "HEAD" if self.has_body() => Err("a HEAD has no body"),
             _ if self.http10 && self.framing == Framing::Chunked => Err("HTTP/1.0 has no chunks"),
             _ => Ok(()),
@@ -1016,7 +1027,7 @@ impl Proxy {
             let rest = &target[name.len() + "//v1/".len()..];
             return Ok((upstream, format!("{base}{prefix}{rest}")));
         }
-        let known = "no such path; /claude/v1/... and /chatgpt/v1/... are, where configured";
+        let known = "no such path; use /claude/v1/... or /chatgpt/v1/..., where configured";
         Err(Reply::new(404, known))
     }
 
@@ -1412,7 +1423,8 @@ impl Credential {
     /// it is not whole, or being written; `NotFound` or `InvalidInput` if that will last.
     fn read(&self) -> io::Result<(Stamp, Value)> {
         let user = rustix::process::geteuid().as_raw();
-        let remedy = format!("(chown -R {user} {})", self.folder());
+        let folder = self.folder();
+        let remedy = format!("(chown -RH {user} {folder} && chmod -R u+rwX {folder})");
         let failed = |e: io::Error| match e.kind() {
             kind @ ErrorKind::NotFound => self.lack(kind, "is not there"),
             kind => self.lack(kind, &format!("cannot be read: {e} {remedy}")),
@@ -1428,7 +1440,10 @@ impl Credential {
         if meta.mode() & 0o077 != 0 {
             let private = fs::set_permissions(&self.path, Permissions::from_mode(0o600));
             let name = self.path.display();
-            warn!("{name}: others could read it; chmod 600: {private:?}");
+            match private {
+                Ok(()) => warn!("{name}: others could read it, now its mode is 0600"),
+                Err(e) => warn!("{name}: others can read it: {e}; chmod 600 it"),
+            }
         }
         let before = stamp(&self.path);
         let bytes = fs::read(&self.path).map_err(failed)?;
@@ -1443,8 +1458,10 @@ impl Credential {
         io::Error::new(kind, format!("{name} {what}; {remedy}"))
     }
 
-    fn folder(&self) -> std::path::Display<'_> {
-        self.path.parent().unwrap_or(&self.path).display()
+    /// Through links, where they can be followed.
+    fn folder(&self) -> String {
+        let path = self.path.canonicalize().unwrap_or(self.path.clone());
+        path.parent().unwrap_or(&path).display().to_string()
     }
 
     /// What the owner does about a login that is missing or dead.
@@ -2021,7 +2038,10 @@ struct Stream {
 
 impl Read for Stream {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let count = self.fill_buf()?.read(out)?;
+        if self.buffered.is_empty() {
+            return self.receive(out);
+        }
+        let count = self.buffered.as_slice().read(out)?;
         self.consume(count);
         Ok(count)
     }
@@ -2103,17 +2123,15 @@ impl Stream {
         left_until(self.due()).is_zero()
     }
 
-    /// Takes in what has come, behind what was read ahead.
-    fn fill(&mut self) -> io::Result<usize> {
-        let mut chunk = [0; CHUNK_SIZE];
-        let count = loop {
-            let Some(tls) = &mut self.tls else {
-                break self.socket.read(&mut chunk)?;
-            };
-            // Not rustls::Stream: it reads on for as long as records without data come.
+    fn receive(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let Some(tls) = &mut self.tls else {
+            return self.socket.read(out);
+        };
+        // Not rustls::Stream: it reads on for as long as records without data come.
+        loop {
             let shaking = tls.is_handshaking();
             let (count, _) = tls.complete_io(&mut self.socket)?;
-            match tls.reader().read(&mut chunk) {
+            match tls.reader().read(out) {
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {
                     self.partial |= count > 0 && !shaking;
                     if !self.socket.blocking {
@@ -2122,10 +2140,16 @@ impl Stream {
                 }
                 outcome => {
                     self.partial = false;
-                    break outcome?;
+                    return outcome;
                 }
             }
-        };
+        }
+    }
+
+    /// Takes in what has come, behind what was read ahead.
+    fn fill(&mut self) -> io::Result<usize> {
+        let mut chunk = [0; CHUNK_SIZE];
+        let count = self.receive(&mut chunk)?;
         self.buffered.extend_from_slice(&chunk[..count]);
         Ok(count)
     }
@@ -2352,19 +2376,23 @@ fn relay(answer: Answer, exchange: &mut Exchange) -> Outcome {
     if bodyless {
         return Ok(());
     }
+    // A chunk's size goes before the piece and CRLF behind it, so that it is one write.
+    const SIZE: usize = "4000\r\n".len();
     let mut piece = vec![0; 2048]; // enough for most events; a large answer makes it grow
     let mut reader = body.into_reader();
     loop {
-        let count = reader.read(&mut piece).map_err(broken_off)?;
-        let (size, data) = (format!("{count:x}\r\n"), &piece[..count]);
-        let framed = match chunked {
-            true => &[size.as_bytes(), data, b"\r\n"].concat(), // so that it is one write
-            false => data,
-        };
-        exchange.stream.write_piece(framed).map_err(gone)?;
+        let room = piece.len() - 2;
+        let count = reader.read(&mut piece[SIZE..room]).map_err(broken_off)?;
+        let end = SIZE + count;
+        if chunked {
+            let _ = write!(&mut piece[..SIZE], "{count:04x}\r\n"); // always fits
+            piece[end..end + 2].copy_from_slice(b"\r\n");
+        }
+        let framed = if chunked { 0..end + 2 } else { SIZE..end };
+        exchange.stream.write_piece(&piece[framed]).map_err(gone)?;
         exchange.report.bytes += count as u64;
-        if count == piece.len() {
-            piece.resize(PIECE_SIZE, 0);
+        if end == room {
+            piece.resize(SIZE + PIECE_SIZE + 2, 0);
         }
         if count == 0 {
             return Ok(()); // and the chunk of no bytes was the last
@@ -2459,7 +2487,7 @@ struct RawConfig {
 #[serde(default, deny_unknown_fields, expecting = "a name or a mapping")]
 struct RawProvider {
     name: Yaml,
-    headers: Option<HashMap<String, Yaml>>,
+    headers: Option<BTreeMap<String, Yaml>>,
     base_url: Yaml,
     token_url: Yaml,
 }
@@ -2559,7 +2587,9 @@ fn provider(mut entry: Yaml) -> Result<ProviderSettings, String> {
     Ok(ProviderSettings {
         provider,
         headers: headers(raw.headers.unwrap_or_default())?,
-        base_url: field("base_url", raw.base_url, provider.base_url, URL)?,
+        base_url: field("base_url", raw.base_url, provider.base_url, URL)?
+            .trim_end_matches('/')
+            .into(),
         token_url: field("token_url", raw.token_url, provider.token_url, URL)?,
     })
 }
@@ -2567,7 +2597,7 @@ fn provider(mut entry: Yaml) -> Result<ProviderSettings, String> {
 fn user(raw: RawUser) -> Result<User, String> {
     let name = field("users: name", raw.name, "", NAME)?;
     let token = match (raw.token, raw.token_file) {
-        (token, None) => token,
+        (token, None) if !token.is_null() => token,
         (Yaml::Null, Some(path)) => match fs::read_to_string(&path) {
             Ok(text) => text.trim().into(),
             Err(e) => return Err(format!("users: token_file {}: {e}", path.display())),
@@ -2578,15 +2608,16 @@ fn user(raw: RawUser) -> Result<User, String> {
     Ok(User { name, token })
 }
 
-fn headers(found: HashMap<String, Yaml>) -> Result<HeaderMap, String> {
+fn headers(found: BTreeMap<String, Yaml>) -> Result<HeaderMap, String> {
     let mut headers = HeaderMap::new();
     for (name, value) in found {
         let key = HeaderName::try_from(&name).ok();
         let key = key.filter(|key| !is_reserved(key.as_str()) && !headers.contains_key(key));
         let value = HeaderValue::from_str(value.as_str().unwrap_or("\n")).ok();
+        let value = value.filter(|value| name.len() + value.len() < LINE_SIZE);
         let Some((key, value)) = key.zip(value) else {
-            let name = name.split(':').next().unwrap_or_default();
-            let right = "a header that may be set, once, with a value in ASCII";
+            let name = name.split([':', '=']).next().unwrap_or_default();
+            let right = "a header that may be set, once, with a value in ASCII, below 8 KiB";
             return Err(format!("providers: headers: {name:?} is not {right}"));
         };
         headers.insert(key, value);
@@ -2611,7 +2642,8 @@ fn repeated<T>(items: &[T], same: impl Fn(&T, &T) -> bool) -> Option<&T> {
 /// Why the file is none, without what is quoted of it, unless that could be a field's name.
 fn unquoted(e: impl Display) -> String {
     let mut text = e.to_string();
-    let name = |quoted: &str| quoted.bytes().all(|b| b == b'_' || b.is_ascii_lowercase());
+    let letter = |b: u8| b == b'_' || b.is_ascii_lowercase();
+    let name = |key: &str| text.contains("duplicate") && key.len() < 16 && key.bytes().all(letter);
     if text.split('"').nth(1).is_some_and(|quoted| !name(quoted)) {
         text.truncate(text.find('"').unwrap_or(text.len()));
         text += "(not shown)";
@@ -2646,7 +2678,11 @@ fn field<T>(name: &str, found: Yaml, default: impl Into<Yaml>, kind: Kind<T>) ->
     let text = serde_json::to_string(&value).unwrap_or_default();
     // A URL with a user in it has a password in it.
     let secret = name.ends_with("token") || name == "proxy" || text.contains('@');
-    let shown = if secret { "what is not shown" } else { &text };
+    let shown = match &value {
+        Yaml::Mapping(_) | Yaml::Sequence(_) | Yaml::Tagged(_) => "what has parts",
+        _ if secret => "what is not shown",
+        _ => &text,
+    };
     made(&value).ok_or_else(|| format!("{name}: found {shown}, expected {right}"))
 }
 
@@ -2698,22 +2734,19 @@ const WORKERS: Kind<NonZeroU16> = ("a number from 1 to 65535", |value| {
     NonZeroU16::new(value.as_u64()?.try_into().ok()?)
 });
 
-const PROXY: Kind<Option<ureq::Proxy>> =
-    (
-        "http://HOST:PORT, socks5://HOST:PORT",
-        |value| match value.as_str()? {
-            "" => Some(None),
-            text => whole_uri(text).and(ureq::Proxy::new(text).ok()).map(Some),
-        },
-    );
+const PROXY: Kind<Option<ureq::Proxy>> = ("http://HOST:PORT, socks5://HOST:PORT", |value| {
+    let text = value.as_str()?;
+    let proxy = whole_uri(text).and(ureq::Proxy::new(text).ok());
+    (text.is_empty() || proxy.is_some()).then_some(proxy)
+});
 
 const PROVIDER: Kind<&Provider> = ("claude or chatgpt", |value| {
     PROVIDERS.iter().find(|p| Some(p.name) == value.as_str())
 });
 
-const NAME: Kind<String> = ("a name without control characters", |value| {
+const NAME: Kind<String> = ("a name without control characters, not -", |value| {
     let name = value.as_str()?;
-    let fine = !name.is_empty() && !name.contains(char::is_control);
+    let fine = !name.is_empty() && name != "-" && !name.contains(char::is_control);
     fine.then(|| name.to_owned())
 });
 
@@ -2723,19 +2756,16 @@ const TOKEN: Kind<Secret> = ("16 or more visible ASCII characters", |value| {
     Secret::new(text).filter(|_| fine)
 });
 
-const URL: Kind<String> = (
-    "an https:// URL, or http:// to a loopback address",
-    |value| {
-        let text = value.as_str()?;
-        let uri = whole_uri(text)?;
-        let safe = match uri.scheme_str()? {
-            "http" => is_loopback(&uri),
-            scheme => scheme == "https",
-        };
-        let plain = !text.contains(['@', '?', '#']); // no user, no query
-        (safe && plain).then(|| text.trim_end_matches('/').to_owned())
-    },
-);
+const URL: Kind<String> = ("an https:// URL, or http:// to loopback", |value| {
+    let text = value.as_str()?;
+    let uri = whole_uri(text)?;
+    let safe = match uri.scheme_str()? {
+        "http" => is_loopback(&uri),
+        scheme => scheme == "https",
+    };
+    let plain = !text.contains(['@', '?', '#']); // no user, no query
+    (safe && plain).then(|| text.to_owned())
+});
 
 /// A URL with scheme and host, and with a port that is one, if any.
 fn whole_uri(text: &str) -> Option<http::Uri> {

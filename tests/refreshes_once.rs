@@ -279,3 +279,14 @@ fn an_answer_with_nothing_but_a_refresh_token_is_kept() {
     assert_eq!(file["tokens"]["access_token"], json!(old.access));
     assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
 }
+
+#[test]
+fn at_the_address_that_is_configured() {
+    let up = Upstream::plain();
+    let url = format!("{}/claude/token/", up.url());
+    let setup = Setup::new(&up).provider(0, "token_url", url);
+    let ended = up.login("claude", -10);
+    let mux = setup.save("claude", &ended.claude()).start();
+    assert_eq!(mux.message().status, 200);
+    assert_eq!(up.refreshes()[0].head.word(1), "/claude/token/");
+}

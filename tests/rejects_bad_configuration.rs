@@ -115,7 +115,11 @@ const TABLE: &[(&str, &[&str])] = &[
     ),
     ("users: alice", &["users"]),
     ("users: [alice]", &["users"]),
-    ("users: [{name: alice}]", &["users", "token"]),
+    ("users: [{name: alice}]", &["users", "alice", "token_file"]),
+    (
+        "users: [{name: '-', token: Sk4rTz9wQp2mVx7n}]",
+        &["users", "name"],
+    ),
     ("users: [{token: Sk4rTz9wQp2mVx7n}]", &["users", "name"]),
     (
         "users: [{name: alice, tokn: Sk4rTz9wQp2mVx7n}]",
@@ -199,6 +203,16 @@ fn each_fault_is_one_clear_line() {
             assert!(said.contains(word), "{text}: {word:?} is not in {said}");
         }
     }
+}
+
+/// It would be refused at each request.
+#[test]
+fn a_header_that_fits_no_request_is_no_header() {
+    let long = "x".repeat(9000);
+    let text = format!("providers: [{{name: claude, headers: {{x-a: {long}}}}}]");
+    let (code, said) = run("wrong.yaml", &text);
+    assert_eq!(code, 2, "{said}");
+    assert!(said.contains("\"x-a\"") && said.contains("8 KiB"), "{said}");
 }
 
 #[test]

@@ -280,7 +280,7 @@ impl Shared {
 
 impl Request {
     pub fn is_refresh(&self) -> bool {
-        self.head.word(1).ends_with("/token")
+        self.head.word(1).trim_end_matches('/').ends_with("/token")
     }
 
     pub fn provider(&self) -> &str {
