@@ -13,17 +13,18 @@
 //!
 //! The **gate** is one thread that meets all clients: it takes in what they send without waiting
 //! for any one of them, and refuses what is malformed, has no token, or leads nowhere. A whole head
-//! becomes an **exchange**, which waits in its queue until one of the **workers**, a pool of bounded
-//! size, is free. Then it is *parked*, and a ticket goes over the **inner connection** to tiny_http, which
-//! hands it to a worker, but never meets the network, where it has no deadlines, hangs under a
-//! burst, and aborts on an absurd length. The worker takes the exchange, and now waits as long as
-//! it must: it alone reads the body and writes the answer, and it ends with a **verdict** on what
-//! becomes of the stream. A **credential** is a provider's login; whoever finds it ageing, a
-//! worker or its **keeper** in the background, refreshes it, one at a time. A **reply** is an
-//! answer of ai-mux's own; everything else that a client hears comes from **upstream**.
+//! becomes an **exchange**, which waits in the gate's queue until one of the **workers**, a pool of
+//! bounded size, is free. Then it is *parked*, and a ticket goes over the **inner connection** to
+//! tiny_http, which hands it to a worker. tiny_http sees nothing of a client: on the network it has
+//! no deadlines, hangs under a burst, and aborts on an absurd length. The worker takes the exchange,
+//! and may now block, within its deadlines: it alone reads the body and writes the answer, and it
+//! ends with a **verdict** on what becomes of the stream. A **credential** is a provider's login;
+//! whoever finds it ageing, a worker or its **keeper** in the background, refreshes it, one at a
+//! time. A **reply** is an answer of ai-mux's own; everything else that a client hears comes from
+//! **upstream**.
 //!
-//! The file reads from the story to the reference: limits, main, gate, server, handler,
-//! credential, upstream, stream, config, replies and errors, log. A callee stands below its caller.
+//! The file reads from the story to the reference: limits, main, gate, server, handler, credential,
+//! upstream, stream, config, replies and errors, log, secret. Callers stand above what they call.
 
 #![forbid(unsafe_code)]
 
@@ -65,15 +66,16 @@ use ureq::{SendBody, tls::RootCerts};
 
 use secret::Secret;
 
-/// With that of musl, which the static build would have, a request costs half as much again.
+/// With musl's own, a request costs half as much again; glibc's keeps an arena for each thread.
 #[global_allocator]
 static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 // ─── limits ──────────────────────────────────────────────────────────────────────────────────
 // Every bound of the program, with its reason. Sizes are bytes.
 
-/// A request head, request line and all fields; the fields that no real client exceeds.
+/// The largest head of a request, its request line and all fields.
 const HEAD_SIZE: usize = 32 << 10;
+/// The most fields in one; no real client has as many.
 const FIELD_COUNT: usize = 100;
 /// One line of a head. Must fit ureq's output buffer, which takes a header line whole.
 const LINE_SIZE: usize = 8 << 10;
@@ -81,9 +83,10 @@ const LINE_SIZE: usize = 8 << 10;
 const HEAD_TIME: Duration = Duration::from_secs(10);
 /// Between two requests. Clients pool connections for a minute or two.
 const IDLE_TIME: Duration = Duration::from_secs(300);
-/// How long all wait when there is no room, or no descriptor, for another connection.
+/// How long the gate sleeps, and all clients with it, when there is no room, or no descriptor, for
+/// another connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// What is taken from a client in one go: a head and a small body.
+/// What is read from a client in one go: a head and a small body fit.
 const CHUNK_SIZE: usize = 8 << 10;
 /// A request body; both vendors refuse larger ones themselves.
 const BODY_SIZE: u64 = 64 << 20;
@@ -95,15 +98,15 @@ const BODY_RATE: u64 = 1 << 10;
 /// What is read from upstream and written to the client in one go, and how long that may take.
 const PIECE_SIZE: usize = 16 << 10;
 const PIECE_TIME: Duration = Duration::from_secs(30);
-/// How much of an unread body is taken after a reply, so that the client comes to read it.
+/// How much of an unread body is drained after a reply, so that the client gets to read that.
 const LINGER_SIZE: usize = 1 << 20;
 const LINGER_TIME: Duration = Duration::from_secs(2);
 /// For tiny_http to hand out what it is sent at start.
 const PICKUP_TIME: Duration = Duration::from_secs(5);
-/// Workers that wait beside those that are busy: one that rests wakes up sooner than one that is
-/// just about to, by a fifth of the time that a request takes.
+/// Idle workers kept beside the busy ones: one that waits in `recv` already takes a ticket sooner,
+/// by a fifth of what a request takes, than one that has just answered and is about to.
 const SPARE_WORKERS: usize = 3;
-/// How often workers that have nothing to do are sent home.
+/// How often idle workers are ended.
 const RETIRE_INTERVAL: Duration = Duration::from_secs(15);
 /// Client connections beyond those that workers serve.
 const SPARE_CONNECTIONS: u64 = 1024;
@@ -121,8 +124,8 @@ const UPSTREAM_INPUT: usize = 16 << 10;
 const UPSTREAM_OUTPUT: usize = LINE_SIZE + 1024;
 /// Idle upstream connections, which keep those buffers; more are closed after a burst.
 const UPSTREAMS_KEPT: usize = 32;
-/// An idle upstream connection, when the next request comes; most servers close theirs after
-/// 20 s or more.
+/// How long an idle upstream connection may be used again; most servers close theirs after 20 s
+/// or more.
 const UPSTREAM_IDLE: Duration = Duration::from_secs(15);
 /// A credential file; real ones have 1 to 10 KiB.
 const FILE_SIZE: u64 = 1 << 20;
@@ -131,7 +134,8 @@ const SETTLE_TIME: Duration = Duration::from_secs(2);
 /// A call to a token endpoint, and its answer.
 const TOKEN_TIME: Duration = Duration::from_secs(30);
 const TOKEN_SIZE: u64 = 64 << 10;
-/// An access token with less than this left is refreshed; one that is younger is not.
+/// An access token with less than this left is refreshed; for as long after a refresh, it is not
+/// refreshed again.
 const TOKEN_MARGIN: Duration = Duration::from_secs(60);
 /// What is believed of `expires_in`, in seconds.
 const LIFETIME_MIN: f64 = 60.0;
@@ -187,7 +191,7 @@ fn run() -> Result<(), Error> {
     start_log(config.log_level);
     let _claim = lock_state_dir(&config.state_dir)?;
     let mut gate = Gate::open(config)?;
-    gate.run();
+    let served = gate.run();
     // What a keeper or a request that is cut short has begun is not lost.
     thread::scope(|scope| {
         for upstream in &gate.proxy.upstreams {
@@ -195,7 +199,7 @@ fn run() -> Result<(), Error> {
         }
     });
     info!("stopped");
-    Ok(())
+    served
 }
 
 fn print(text: &str) -> Result<(), Error> {
@@ -250,8 +254,9 @@ struct Gate {
     /// Until a signal comes.
     listener: Option<TcpListener>,
     tls: Option<Tls>,
-    /// How many connections there may be, and those without an exchange, the quietest first.
+    /// How many connections there may be.
     capacity: usize,
+    /// Those without an exchange, the quietest first.
     connections: Vec<Stream>,
     /// Exchanges that wait for a worker.
     queue: VecDeque<Exchange>,
@@ -298,30 +303,32 @@ impl Gate {
         })
     }
 
-    /// Serves until a signal comes and what runs then has ended, or had its time.
-    fn run(&mut self) {
+    /// Serves until a signal comes and what runs then has ended, or had its time; or until
+    /// tiny_http is gone, without which nobody could be served.
+    fn run(&mut self) -> Result<(), Error> {
         self.announce();
         let mut end = None;
         while end.is_none_or(|end| self.count() > 0 && !left_until(end).is_zero()) {
-            let Ok((knock, spoken)) = self.wait(end) else {
+            let Ok((acceptable, readable)) = self.wait(end) else {
                 self.make_room(); // for poll, too, has a limit of descriptors
                 thread::sleep(ACCEPT_PAUSE);
                 continue;
             };
-            let mut spoken = spoken.into_iter();
-            let awake = |s: &mut Stream| spoken.next() == Some(true) || s.is_due();
-            let awake: Vec<_> = self.connections.extract_if(.., awake).collect();
-            for stream in awake {
+            let mut readable = readable.into_iter();
+            // In order, so that each takes the flag that is its own.
+            let ready = |s: &mut Stream| readable.next() == Some(true) || s.is_due();
+            let ready: Vec<_> = self.connections.extract_if(.., ready).collect();
+            for stream in ready {
                 // A panic would cost this connection, and no other.
-                let _ = catch_unwind(AssertUnwindSafe(|| self.visit(stream)));
+                let _ = catch_unwind(AssertUnwindSafe(|| self.read_on(stream)));
             }
             while let Ok(verdict) = self.verdicts.try_recv() {
                 self.pool.busy -= 1;
                 self.settle(verdict);
             }
-            self.dispatch();
+            self.dispatch().map_err(|e| Error::start("tiny_http", e))?;
             self.pool.retire_idle();
-            if knock {
+            if acceptable {
                 self.admit();
             }
             self.tls.iter_mut().for_each(Tls::renew);
@@ -335,6 +342,7 @@ impl Gate {
         if self.count() > 0 {
             warn!("{} requests still ran and are cut short", self.count());
         }
+        Ok(())
     }
 
     fn announce(&self) {
@@ -352,7 +360,8 @@ impl Gate {
         self.connections.len() + self.queue.len() + self.pool.busy
     }
 
-    /// Waits until something happens or is due: whether a client knocks, which visitors spoke.
+    /// Waits until something happens or is due: whether a client can be accepted, and which
+    /// connections can be read.
     fn wait(&self, end: Option<Instant>) -> io::Result<(bool, Vec<bool>)> {
         let waiting = self.queue.front().map(|exchange| exchange.stream.due());
         let renewal = self.tls.as_ref().map(|tls| tls.next);
@@ -371,11 +380,11 @@ impl Gate {
         if ready.next() == Some(true) {
             let _ = (&self.wakes).read(&mut [0; 64]);
         }
-        let spoken = ready.by_ref().take(self.connections.len()).collect();
-        Ok((ready.next() == Some(true), spoken))
+        let readable = ready.by_ref().take(self.connections.len()).collect();
+        Ok((ready.next() == Some(true), readable))
     }
 
-    /// Lets in whoever knocks, or has them wait for a moment.
+    /// Accepts a client, or has them all wait for a moment.
     fn admit(&mut self) {
         let admitted = self.accept();
         if let Err(e) = &admitted {
@@ -407,14 +416,14 @@ impl Gate {
         Ok(())
     }
 
-    /// Closes the visitor that has been quiet longest, if there is one.
+    /// Closes the connection that has been quiet longest, if there is one.
     fn make_room(&mut self) -> bool {
-        let quietest = self.connections.len().min(1);
-        self.connections.drain(..quietest).count() > 0
+        let quietest = (!self.connections.is_empty()).then(|| self.connections.remove(0));
+        quietest.is_some()
     }
 
-    /// Reads on what a visitor sends. A whole head begins an exchange.
-    fn visit(&mut self, mut stream: Stream) {
+    /// Reads on what a client sends. A whole head begins an exchange.
+    fn read_on(&mut self, mut stream: Stream) {
         let mut exchange = match stream.read_on() {
             Ok(Some(head)) => Exchange::new(stream, head),
             Ok(None) => return self.connections.push(stream),
@@ -433,11 +442,11 @@ impl Gate {
 
     /// Parks an exchange for each worker that has none, with a ticket; refuses those that have
     /// waited too long for one.
-    fn dispatch(&mut self) {
+    fn dispatch(&mut self) -> io::Result<()> {
         while !self.queue.is_empty() && self.pool.ensure_free(&self.proxy) {
             lock(&self.proxy.parked).extend(self.queue.pop_front());
             self.pool.busy += 1;
-            self.pool.send_ticket();
+            self.pool.send_ticket()?;
         }
         while self.queue.front().is_some_and(|e| e.stream.is_due())
             && let Some(exchange) = self.queue.pop_front()
@@ -446,6 +455,7 @@ impl Gate {
             let busy = busy.retry_after(Duration::from_secs(1));
             self.settle(exchange.conclude(Err(busy.into())));
         }
+        Ok(())
     }
 
     /// Takes a stream back from its exchange.
@@ -489,7 +499,7 @@ fn signals(waker: &UnixStream) -> io::Result<Arc<AtomicBool>> {
     Ok(seen)
 }
 
-/// Listens on the first address that can be had. That of all IPv6 interfaces is IPv4's as well.
+/// Listens on the first address that can be had. `[::]` takes IPv4 as well.
 fn listen(addresses: &[SocketAddr]) -> Result<TcpListener, Error> {
     use rustix::net::{AddressFamily, SocketType, bind, listen, socket, sockopt};
     let open = |address: &SocketAddr| {
@@ -594,7 +604,8 @@ enum Framing {
 }
 
 impl Framing {
-    /// One length, or one coding (RFC 9112 section 6.3): any second one could be another's first.
+    /// One length, or one coding: with two, another reader could go by the other one (RFC 9112
+    /// section 6.3).
     fn of(fields: &HeaderMap) -> Result<Framing, &'static str> {
         let lengths = fields.get_all(CONTENT_LENGTH).iter();
         let found = lengths.chain(fields.get_all(TRANSFER_ENCODING));
@@ -629,7 +640,7 @@ fn head_end(bytes: &[u8], scanned: &mut usize) -> Result<Option<usize>, Reply> {
     let mut end = *scanned;
     for line in bytes[end..].split_inclusive(|b| *b == b'\n') {
         end += line.len();
-        // Of the last one the end may still be to come.
+        // The last one may still lack its end.
         let ended = line.strip_suffix(b"\r\n");
         let text = ended.or(line.strip_suffix(b"\r")).unwrap_or(line);
         if !text.iter().all(|b| matches!(b, b'\t' | b' '..=b'~')) {
@@ -738,8 +749,8 @@ struct Proxy {
     waker: UnixStream,
 }
 
-/// What tiny_http gets for each exchange, and hands to a worker. Always the same, so that the one
-/// which is sent at start proves all: nothing that a client sends can get there.
+/// What tiny_http gets for each exchange: whichever worker it hands it to serves the one that has
+/// been parked longest. Nothing of a client's is in it, so the one that is sent at start proves all.
 const TICKET: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
 
 /// tiny_http, and the workers that it hands the tickets to.
@@ -747,11 +758,13 @@ struct Pool {
     server: Arc<tiny_http::Server>,
     /// The inner connection.
     inner: UnixStream,
-    /// How many workers there may be, there are, and have an exchange.
+    /// How many workers there may be.
     limit: usize,
+    /// How many there are.
     running: usize,
+    /// How many of them have an exchange.
     busy: usize,
-    /// When those that have none go home.
+    /// When the others are ended.
     retire_at: Instant,
 }
 
@@ -768,7 +781,7 @@ impl Pool {
             busy: 0,
             retire_at: Instant::now() + RETIRE_INTERVAL,
         };
-        pool.send_ticket();
+        pool.send_ticket()?;
         let ticket = pool.server.recv_timeout(PICKUP_TIME)?;
         drop(ticket.ok_or(ErrorKind::TimedOut)?.into_writer());
         Ok(pool)
@@ -804,9 +817,8 @@ impl Pool {
         }
     }
 
-    fn send_ticket(&mut self) {
-        let sent = self.inner.write_all(TICKET);
-        sent.unwrap_or_else(|e| error!("tiny_http: {e}"));
+    fn send_ticket(&mut self) -> io::Result<()> {
+        self.inner.write_all(TICKET)
     }
 }
 
@@ -977,6 +989,7 @@ impl Proxy {
         exchange.hold()?;
         let whole = exchange.body.is_done();
         let mut answer = upstream.send(&url, &token, exchange)?;
+        // A token that is refused is refreshed even if this request cannot be sent again.
         if answer.status() == http::StatusCode::UNAUTHORIZED
             && let Some(newer) = upstream.credential.rejected(&token)
             && whole
@@ -1004,8 +1017,9 @@ impl Proxy {
         let agreed = given.all(|other| other == token);
         let mut found = None;
         for user in &self.config.users {
-            let same = user.token.expose().as_bytes().ct_eq(token);
-            found = bool::from(same).then_some(user.name.as_str()).or(found);
+            if user.token.expose().as_bytes().ct_eq(token).into() {
+                found = Some(user.name.as_str());
+            }
         }
         let right = "\"Authorization: Bearer TOKEN\" or \"x-api-key: TOKEN\"";
         let lack = || Reply::new(401, format!("wrong or no token; send yours as {right}"));
@@ -1095,7 +1109,7 @@ struct Refresh {
     failure: Option<Outage>,
     /// The file's when it failed: a change of the file is worth another try.
     failed_with: Option<Stamp>,
-    /// What it brought that is not on disk yet, after the token that it was spent for.
+    /// The token that was spent, and what it brought, if that is not on disk yet.
     unsaved: Option<(Token, Token)>,
 }
 
@@ -1132,7 +1146,8 @@ impl Token {
 type RefreshError = (String, Option<Duration>);
 
 impl State {
-    /// A refresh token that is younger was not worth spending.
+    /// Whether the last refresh was less than `TOKEN_MARGIN` ago: then neither a 401, nor an expiry
+    /// that is in the past by our clock, is reason for another.
     fn is_young(&self) -> bool {
         let young = |at: SystemTime| at.elapsed().is_ok_and(|age| age < TOKEN_MARGIN);
         self.refresh.succeeded.is_some_and(young)
@@ -1272,7 +1287,8 @@ impl Credential {
         if lock(&self.state).refresh.unsaved.is_some() {
             return Err(passing("the last one is not on disk yet".into()));
         }
-        self.read().map_err(|e| passing(e.to_string()))?; // or it could not be edited
+        // The new tokens are edited into this file, so it must be readable before one is spent.
+        self.read().map_err(|e| passing(e.to_string()))?;
         let draft = Draft::new(&self.path).map_err(|why| {
             error!("{}: {why}; no token was spent", self.provider.name);
             passing(why)
@@ -1383,7 +1399,7 @@ impl Credential {
         };
         match (found, &state.token) {
             (Ok(token), _) => self.adopt(&mut state, Some(token), None),
-            // What may pass is no log-out: ours stays, which may be the only copy.
+            // A file half written is no log-out: ours stays, which may be the only copy.
             (Err(e), Some(_)) if e.kind() == ErrorKind::InvalidData => {}
             (Err(e), Some(_)) if !lasting(e.kind()) => warn!("{}: {e}", self.provider.name),
             (Err(e), _) => self.adopt(&mut state, None, Some((e.to_string(), None))),
@@ -1828,9 +1844,11 @@ impl Upstream {
         let request = http::Request::builder().method(method).uri(url).body(());
         let mut request = request.map_err(|_| malformed("it cannot be passed on"))?;
         let headers = request.headers_mut();
-        let own = |name: &str| self.is_dropped(name) || lists(&head.fields, "connection", name);
-        for (name, value) in head.fields.iter().filter(|(name, _)| !own(name.as_str())) {
-            headers.append(name, value.clone());
+        for (name, value) in &head.fields {
+            if !self.is_dropped(name.as_str()) && !lists(&head.fields, "connection", name.as_str())
+            {
+                headers.append(name, value.clone());
+            }
         }
         match head.framing {
             Framing::Sized(length) => headers.insert(CONTENT_LENGTH, length.into()),
@@ -1867,12 +1885,12 @@ impl Upstream {
     }
 
     /// Asks upstream.
-    fn send(&self, url: &str, token: &Token, asked: &mut Exchange) -> Result<Answer, Fault> {
-        let request = self.outgoing(url, token, &asked.head)?;
+    fn send(&self, url: &str, token: &Token, exchange: &mut Exchange) -> Result<Answer, Fault> {
+        let request = self.outgoing(url, token, &exchange.head)?;
         let sent = request.headers();
         let bodied = sent.contains_key(CONTENT_LENGTH) || sent.contains_key(TRANSFER_ENCODING);
         let answer = if bodied {
-            let body = SendBody::from_reader(asked);
+            let body = SendBody::from_reader(exchange);
             self.agent.run(request.map(|()| body))
         } else {
             self.agent.run(request)
@@ -1884,7 +1902,7 @@ impl Upstream {
                 ureq::Error::Timeout(_) => Reply::new(504, late()),
                 e => Reply::new(502, format!("{name} cannot be reached, or broke off: {e}")),
             };
-            asked.fault.take().unwrap_or(reply.into())
+            exchange.fault.take().unwrap_or(reply.into())
         })
     }
 }
@@ -1921,7 +1939,7 @@ impl<T: Transport> Transport for IdleLimit<T> {
     }
 
     fn is_open(&mut self) -> bool {
-        // Of what TLS has read already, its end too, the socket does not tell.
+        // TLS may have read more already, or its end; an error is the time-out: there is nothing.
         let time = NextTimeout {
             after: Duration::ZERO.into(),
             ..NextTimeout::default()
@@ -1956,10 +1974,13 @@ fn is_hop_by_hop(name: &str) -> bool {
 
 /// The values of `anthropic-beta` in their order, with ours once.
 fn merged_beta(headers: &HeaderMap, ours: &str) -> String {
-    let mut once = [ours].into_iter();
-    let items = items(headers, "anthropic-beta").chain([ours]);
-    let items = items.filter(|i| !i.is_empty() && (*i != ours || once.next().is_some()));
-    items.collect::<Vec<_>>().join(",")
+    let mut merged = Vec::new();
+    for item in items(headers, "anthropic-beta").chain([ours]) {
+        if !item.is_empty() && (item != ours || !merged.contains(&ours)) {
+            merged.push(item);
+        }
+    }
+    merged.join(",")
 }
 
 // ─── stream ──────────────────────────────────────────────────────────────────────────────────
@@ -2084,7 +2105,7 @@ impl Stream {
     fn enter_gate(mut self) -> Stream {
         self.partial = false;
         self.begin_phase();
-        // Of what is here already, the socket does not tell.
+        // What was read already, the socket does not tell of.
         self.recheck = self.tls.is_some() || !self.buffered.is_empty();
         self
     }
@@ -2409,11 +2430,15 @@ fn broken_off(e: io::Error) -> Fault {
 
 /// The answer's head, framed anew; and whether its body goes in chunks. HTTP/1.0 has none: there
 /// the end of the connection is the end of a body without a size.
-fn answer_head(parts: &http::response::Parts, bodyless: bool, asked: &mut Head) -> (Vec<u8>, bool) {
+fn answer_head(
+    parts: &http::response::Parts,
+    bodyless: bool,
+    request: &mut Head,
+) -> (Vec<u8>, bool) {
     let headers = &parts.headers;
     let sized = matches!(Framing::of(headers), Ok(Framing::Sized(_)));
-    let chunked = !sized && !bodyless && !asked.http10;
-    asked.keep_alive &= sized || bodyless || chunked;
+    let chunked = !sized && !bodyless && !request.http10;
+    request.keep_alive &= sized || bodyless || chunked;
     let reason = parts.status.canonical_reason().unwrap_or_default();
     let mut head = format!("HTTP/1.1 {} {reason}\r\n", parts.status.as_str()).into_bytes();
     for (name, value) in headers {
@@ -2428,7 +2453,7 @@ fn answer_head(parts: &http::response::Parts, bodyless: bool, asked: &mut Head) 
     if chunked {
         head.extend(b"transfer-encoding: chunked\r\n");
     }
-    if !asked.keep_alive {
+    if !request.keep_alive {
         head.extend(b"connection: close\r\n");
     }
     head.extend(b"\r\n");
@@ -2948,7 +2973,7 @@ impl log::Log for Log {
 
 fn start_log(level: LevelFilter) {
     let mut logger = simple_logger::SimpleLogger::new().with_level(level);
-    // At lower levels these print heads with tokens in them.
+    // At debug and trace these print heads with tokens in them.
     for crate_name in ["ureq", "rustls", "tiny_http"] {
         logger = logger.with_module_level(crate_name, level.min(LevelFilter::Warn));
     }
