@@ -1504,9 +1504,10 @@ impl Draft {
         let target = path.canonicalize().map_err(failed)?;
         let lock = File::open(&target).map_err(failed)?;
         let inode = |meta: fs::Metadata| (meta.dev(), meta.ino());
-        let locked = lock.try_lock().is_ok()
-            && lock.metadata().map(inode).ok() == fs::metadata(&target).map(inode).ok();
-        if !locked {
+        // Some network file systems have no such locks.
+        let taken = matches!(lock.try_lock(), Err(fs::TryLockError::WouldBlock));
+        let same = lock.metadata().map(inode).ok() == fs::metadata(&target).map(inode).ok();
+        if taken || !same {
             return Err(format!(
                 "{name} is in use by another ai-mux; stop one of them"
             ));
