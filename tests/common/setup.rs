@@ -1,5 +1,7 @@
 //! Everything about a run before it starts.
 
+use super::client::Client;
+use super::http::Wire;
 use super::mux::Mux;
 use super::upstream::{Shared, Upstream};
 use super::{Authority, Folder, PATIENCE, TOKEN, Value, binary, json, login};
@@ -158,7 +160,9 @@ impl Setup {
         let mut mux = self.set("listen", addr.to_string()).spawn();
         mux.addr = addr;
         let deadline = Instant::now() + PATIENCE;
-        while TcpStream::connect(addr).is_err() {
+        // That somebody takes the connection is not enough: for a moment, a process that another test has forked
+        // may still hold the socket with which this address was found free.
+        while !answers(addr) {
             assert!(Instant::now() < deadline, "it does not listen");
             thread::sleep(Duration::from_millis(5));
         }
@@ -170,6 +174,15 @@ impl Setup {
         let mut mux = self.spawn();
         (mux.wait_exit(), mux.whole_log())
     }
+}
+
+fn answers(addr: SocketAddr) -> bool {
+    let Ok(socket) = TcpStream::connect(addr) else {
+        return false;
+    };
+    let mut client = Client::on(Wire::plain(socket));
+    let asked = client.wire.send(b"HEAD / HTTP/1.1\r\nhost: ai-mux\r\n\r\n");
+    asked.is_ok() && matches!(client.try_head(), Ok(Some(_)))
 }
 
 /// Below the ports that the kernel gives out by itself: one of those might be another test's before it is used.
