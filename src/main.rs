@@ -95,7 +95,8 @@ const HELD_SIZE: u64 = 1 << 20;
 /// A body may be waited for this long, and a second more for each `BODY_RATE` that came of it.
 const BODY_GRACE: Duration = Duration::from_secs(10);
 const BODY_RATE: u64 = 1 << 10;
-/// What is read from upstream and written to the client in one go, and how long that may take.
+/// What is read from upstream and written to the client in one go; and how long that may take, as
+/// may one silence in a request's body.
 const PIECE_SIZE: usize = 16 << 10;
 const PIECE_TIME: Duration = Duration::from_secs(30);
 /// How much of an unread body is drained after a reply, so that the client gets to read that.
@@ -189,7 +190,7 @@ fn run() -> Result<(), Error> {
     };
     let config = Config::load(path)?.find_providers()?;
     start_log(config.log_level);
-    let _claim = lock_state_dir(&config.state_dir)?;
+    let _lock = lock_state_dir(&config.state_dir)?;
     let mut gate = Gate::open(config)?;
     let served = gate.run();
     // What a keeper or a request that is cut short has begun is not lost.
@@ -226,6 +227,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The same, or `None` while another thread has it.
 fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
     match mutex.try_lock() {
         Err(TryLockError::WouldBlock) => None,
@@ -486,7 +488,7 @@ fn descriptors(wanted: u64) -> (usize, usize) {
     (workers as usize, capacity as usize)
 }
 
-/// The first SIGTERM or SIGINT sets the flag and rings; the second ends the process at once,
+/// The first SIGTERM or SIGINT sets the flag and wakes the gate; the second ends the process at once,
 /// with exit code 1.
 fn signals(waker: &UnixStream) -> io::Result<Arc<AtomicBool>> {
     use signal_hook::{consts, flag, low_level};
@@ -787,7 +789,7 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Whether a worker is free. More are hired, as long as there may be, to have some to spare.
+    /// Whether a worker is free. More are started, as long as there may be, to have some to spare.
     fn ensure_free(&mut self, proxy: &Arc<Proxy>) -> bool {
         while self.running < self.limit.min(self.busy + 1 + SPARE_WORKERS) {
             let (server, proxy) = (self.server.clone(), proxy.clone());
@@ -1422,7 +1424,10 @@ impl Credential {
         };
         state.token = token; // what else the file says of a known one may be new
         if known {
-            if state.token.is_some() && state.refresh.failed_with != stamp(&self.path) {
+            // Not the time of its mode: to tighten that is no news.
+            let content = |stamp: Stamp| (stamp.0, stamp.2);
+            let failed_with = state.refresh.failed_with.map(content);
+            if state.token.is_some() && failed_with != stamp(&self.path).map(content) {
                 state.refresh.failure = None;
             }
             return;
