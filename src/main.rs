@@ -590,39 +590,11 @@ struct Head {
     target: String,
     fields: HeaderMap,
     http10: bool,
-    framing: Framing,
+    body: Body,
     /// A 100 Continue is waited for.
     expect: bool,
     /// The connection may serve another request after this one.
     keep_alive: bool,
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-enum Framing {
-    #[default]
-    Empty,
-    Sized(u64),
-    Chunked,
-}
-
-impl Framing {
-    /// One length, or one coding: with two, another reader could go by the other one (RFC 9112
-    /// section 6.3).
-    fn of(fields: &HeaderMap) -> Result<Framing, &'static str> {
-        let lengths = fields.get_all(CONTENT_LENGTH).iter();
-        let found = lengths.chain(fields.get_all(TRANSFER_ENCODING));
-        let found: Vec<_> = found.map(|v| v.to_str().unwrap_or_default()).collect();
-        let sized = fields.contains_key(CONTENT_LENGTH);
-        let number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-        match found[..] {
-            [] => Ok(Framing::Empty),
-            [n] if sized && number(n) => Ok(Framing::Sized(n.parse().unwrap_or(u64::MAX))),
-            [_] if sized => Err("Content-Length is not a number"),
-            [coding] if coding.eq_ignore_ascii_case("chunked") => Ok(Framing::Chunked),
-            [_] => Err("Transfer-Encoding is not just chunked"),
-            _ => Err("two body lengths"),
-        }
-    }
 }
 
 /// The items of a field that is a list (RFC 9110 section 5.6.1), over all its lines.
@@ -683,7 +655,7 @@ impl Head {
         let head = Head {
             method: request.method.unwrap_or_default().to_owned(),
             target: request.path.unwrap_or_default().to_owned(),
-            framing: Framing::of(&fields).map_err(malformed)?,
+            body: Body::of(&fields).map_err(malformed)?,
             http10,
             expect: !http10 && lists(&fields, "expect", "100-continue"),
             keep_alive: !http10 && !lists(&fields, "connection", "close"),
@@ -712,14 +684,10 @@ impl Head {
             _ if !hosts.iter().all(|h| h.as_bytes().iter().all(hostly)) => {
                 Err("Host is not a host name")
             }
-            "HEAD" if self.has_body() => Err("a HEAD has no body"),
-            _ if self.http10 && self.framing == Framing::Chunked => Err("HTTP/1.0 has no chunks"),
+            "HEAD" if !self.body.is_done() => Err("a HEAD has no body"),
+            _ if self.http10 && self.body.chunked => Err("HTTP/1.0 has no chunks"),
             _ => Ok(()),
         }
-    }
-
-    fn has_body(&self) -> bool {
-        !matches!(self.framing, Framing::Empty | Framing::Sized(0))
     }
 
     /// What is answered without a token and without a worker.
@@ -890,7 +858,6 @@ fn fence(exchange: &mut Exchange, handle: impl FnOnce(&mut Exchange) -> Outcome)
 struct Exchange {
     stream: Stream,
     head: Head,
-    body: Body,
     /// What was read of the body, so that it can be sent a second time.
     held: Cursor<Vec<u8>>,
     /// Why reading the body failed: ureq shows only an error of its own.
@@ -915,7 +882,6 @@ impl Exchange {
     fn new(stream: Stream, head: Head) -> Exchange {
         Exchange {
             stream,
-            body: Body::new(head.framing),
             head,
             held: Cursor::default(),
             fault: None,
@@ -926,7 +892,7 @@ impl Exchange {
 
     /// Says what is still to be said, writes the log line, and judges what becomes of the stream.
     fn conclude(mut self, outcome: Outcome) -> Verdict {
-        let mut last = !self.head.keep_alive || !self.body.is_done();
+        let mut last = !self.head.keep_alive || !self.head.body.is_done();
         let (mut whole, mut ended) = (true, None);
         match outcome {
             Ok(()) => {}
@@ -980,7 +946,7 @@ impl Proxy {
         if lists(&head.fields, "upgrade", "websocket") {
             return Err(Reply::new(426, "no WebSocket here; use plain HTTP"));
         }
-        let large = matches!(head.framing, Framing::Sized(length) if length > BODY_SIZE);
+        let large = head.body.left > BODY_SIZE;
         if large { Err(body_too_large()) } else { Ok(()) }
     }
 
@@ -989,7 +955,7 @@ impl Proxy {
         let (upstream, url) = self.route(&exchange.head.target)?;
         let token = upstream.credential.token()?;
         exchange.hold()?;
-        let whole = exchange.body.is_done();
+        let whole = exchange.head.body.is_done();
         let mut answer = upstream.send(&url, &token, exchange)?;
         // A token that is refused is refreshed even if this request cannot be sent again.
         if answer.status() == http::StatusCode::UNAUTHORIZED
@@ -1851,20 +1817,16 @@ impl Upstream {
         let mut request = request.map_err(|_| malformed("it cannot be passed on"))?;
         let headers = request.headers_mut();
         for (name, value) in &head.fields {
-            if !self.is_dropped(name.as_str()) && !lists(&head.fields, "connection", name.as_str())
-            {
+            let dropped =
+                self.is_dropped(name.as_str()) || lists(&head.fields, "connection", name.as_str());
+            if !dropped || is_framing(name) {
                 headers.append(name, value.clone());
             }
         }
-        match head.framing {
-            Framing::Sized(length) => headers.insert(CONTENT_LENGTH, length.into()),
-            Framing::Chunked => headers.insert(TRANSFER_ENCODING, header_value("chunked")),
-            // Without it ureq would send these chunked (RFC 9110 section 8.6 wants it anyway).
-            Framing::Empty if matches!(method, "POST" | "PUT" | "PATCH") => {
-                headers.insert(CONTENT_LENGTH, 0.into())
-            }
-            Framing::Empty => None,
-        };
+        // Without it ureq would send these chunked (RFC 9110 section 8.6 wants it anyway).
+        if matches!(method, "POST" | "PUT" | "PATCH") && !headers.keys().any(is_framing) {
+            headers.insert(CONTENT_LENGTH, 0.into());
+        }
         for (name, value) in &self.headers {
             headers.insert(name, value.clone());
         }
@@ -1893,9 +1855,7 @@ impl Upstream {
     /// Asks upstream.
     fn send(&self, url: &str, token: &Token, exchange: &mut Exchange) -> Result<Answer, Fault> {
         let request = self.outgoing(url, token, &exchange.head)?;
-        let sent = request.headers();
-        let bodied = sent.contains_key(CONTENT_LENGTH) || sent.contains_key(TRANSFER_ENCODING);
-        let answer = if bodied {
+        let answer = if request.headers().keys().any(is_framing) {
             let body = SendBody::from_reader(exchange);
             self.agent.run(request.map(|()| body))
         } else {
@@ -1969,6 +1929,10 @@ fn is_reserved(name: &str) -> bool {
     is_hop_by_hop(name)
         || matches!(name, "x-api-key" | "cookie" | "chatgpt-account-id")
         || matches!(name, "authorization" | "host" | "expect" | "content-length")
+}
+
+fn is_framing(name: &HeaderName) -> bool {
+    name == CONTENT_LENGTH || name == TRANSFER_ENCODING
 }
 
 /// RFC 9110 section 7.6.1, and what proxies say to each other.
@@ -2254,23 +2218,23 @@ impl Exchange {
     /// Reads the body into memory, whole if it is small. A large one that says its size is not
     /// read at all; of one that does not, its beginning.
     fn hold(&mut self) -> Result<(), Fault> {
-        if self.body.left > HELD_SIZE {
+        if self.head.body.left > HELD_SIZE {
             return Ok(());
         }
-        let mut held = Vec::with_capacity(self.body.left as usize);
+        let mut held = Vec::with_capacity(self.head.body.left as usize);
         let _ = self.by_ref().take(HELD_SIZE).read_to_end(&mut held); // an error leaves a fault
         self.held = Cursor::new(held);
         self.fault.take().map_or(Ok(()), Err)
     }
 
     fn read_body(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        if std::mem::take(&mut self.head.expect) && !self.body.is_done() {
+        if std::mem::take(&mut self.head.expect) && !self.head.body.is_done() {
             self.stream.write_piece(b"HTTP/1.1 100 Continue\r\n\r\n")?;
         }
         let began = Instant::now();
-        self.stream.socket.deadline = began + self.body.patience();
-        let count = self.body.read(&mut self.stream, out)?;
-        self.body.waited += began.elapsed();
+        self.stream.socket.deadline = began + self.head.body.patience();
+        let count = self.head.body.read(&mut self.stream, out)?;
+        self.head.body.waited += began.elapsed();
         Ok(count)
     }
 }
@@ -2282,7 +2246,7 @@ impl Read for Exchange {
             return Ok(count);
         }
         let fault = match self.read_body(out) {
-            Ok(_) if self.body.received > BODY_SIZE => body_too_large().into(),
+            Ok(_) if self.head.body.received > BODY_SIZE => body_too_large().into(),
             Ok(count) => return Ok(count),
             Err(e) => match e.kind() {
                 ErrorKind::TimedOut => Reply::new(408, "the body came too slowly").into(),
@@ -2308,14 +2272,23 @@ struct Body {
 }
 
 impl Body {
-    fn new(framing: Framing) -> Body {
+    /// One length, or one coding: with two, another reader could go by the other one (RFC 9112
+    /// section 6.3).
+    fn of(fields: &HeaderMap) -> Result<Body, &'static str> {
+        let found = fields.iter().filter(|(name, _)| is_framing(name));
+        let found: Vec<_> = found.map(|(_, v)| v.to_str().unwrap_or_default()).collect();
+        let sized = fields.contains_key(CONTENT_LENGTH);
+        let number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
         let mut body = Body::default();
-        match framing {
-            Framing::Empty => {}
-            Framing::Sized(length) => body.left = length,
-            Framing::Chunked => body.chunked = true,
+        match found[..] {
+            [] => {}
+            [n] if sized && number(n) => body.left = n.parse().unwrap_or(u64::MAX),
+            [_] if sized => return Err("Content-Length is not a number"),
+            [coding] if coding.eq_ignore_ascii_case("chunked") => body.chunked = true,
+            [_] => return Err("Transfer-Encoding is not just chunked"),
+            _ => return Err("two body lengths"),
         }
-        body
+        Ok(body)
     }
 
     fn is_done(&self) -> bool {
@@ -2442,7 +2415,7 @@ fn answer_head(
     request: &mut Head,
 ) -> (Vec<u8>, bool) {
     let headers = &parts.headers;
-    let sized = matches!(Framing::of(headers), Ok(Framing::Sized(_)));
+    let sized = headers.contains_key(CONTENT_LENGTH) && Body::of(headers).is_ok();
     let chunked = !sized && !bodyless && !request.http10;
     request.keep_alive &= sized || bodyless || chunked;
     let reason = parts.status.canonical_reason().unwrap_or_default();

@@ -41,12 +41,12 @@ pub fn head(bytes: &[u8]) -> Result<Option<(Admitted, usize)>, u16> {
                 .iter()
                 .map(|(name, value)| (name.to_string(), text(value)))
                 .collect(),
-            length: match head.framing {
-                Framing::Empty => Length::Empty,
-                Framing::Sized(n) => Length::Sized(n),
-                Framing::Chunked => Length::Chunked,
+            length: match head.body {
+                Body { chunked: true, .. } => Length::Chunked,
+                _ if !head.fields.contains_key(CONTENT_LENGTH) => Length::Empty,
+                Body { left, .. } => Length::Sized(left),
             },
-            expect: head.expect && head.has_body(),
+            expect: head.expect && !head.body.is_done(),
             close: !head.keep_alive,
         };
         (admitted, bytes.len() - stream.buffered.len())
@@ -68,11 +68,12 @@ pub fn head_end_of(bytes: &[u8], cuts: &[usize]) -> Result<Option<usize>, u16> {
 /// Reads a body from `source` to its end, at most `room` bytes at a time; an error as the program sees it. What
 /// follows a broken body must never be taken for the next request.
 pub fn body(length: Length, source: &mut impl BufRead, room: usize) -> io::Result<Vec<u8>> {
-    let mut body = Body::new(match length {
-        Length::Empty => Framing::Empty,
-        Length::Sized(n) => Framing::Sized(n),
-        Length::Chunked => Framing::Chunked,
-    });
+    let mut body = Body::default();
+    match length {
+        Length::Empty => {}
+        Length::Sized(n) => body.left = n,
+        Length::Chunked => body.chunked = true,
+    }
     let (mut whole, mut piece) = (Vec::new(), vec![0; room]);
     loop {
         match body.read(source, &mut piece) {
