@@ -608,44 +608,32 @@ fn lists(fields: &HeaderMap, name: &str, item: &str) -> bool {
     items(fields, name).any(|found| found.eq_ignore_ascii_case(item))
 }
 
-/// The length of the head at the start of `bytes`, its empty line included, once it is there. Up
-/// to `scanned` all lines are whole and have been looked at.
-fn head_end(bytes: &[u8], scanned: &mut usize) -> Result<Option<usize>, Reply> {
-    let mut end = *scanned;
-    for line in bytes[end..].split_inclusive(|b| *b == b'\n') {
-        end += line.len();
-        // The last one may still lack its end.
-        let ended = line.strip_suffix(b"\r\n");
-        let text = ended.or(line.strip_suffix(b"\r")).unwrap_or(line);
-        if !text.iter().all(|b| matches!(b, b'\t' | b' '..=b'~')) {
-            return Err(malformed("not plain ASCII, or a bare CR or LF"));
-        }
-        if text.len() >= LINE_SIZE || end > HEAD_SIZE {
-            return Err(head_too_large());
-        }
-        match ended {
-            Some(b"") => return Ok(Some(end)),
-            Some(_) => *scanned = end,
-            None => {}
-        }
-    }
-    Ok(None)
-}
-
 impl Head {
-    fn parse(bytes: &[u8]) -> Result<Head, Reply> {
+    /// The head at the start of `bytes` and its length, once it is whole.
+    fn parse(bytes: &[u8]) -> Result<Option<(Head, usize)>, Reply> {
         let mut fields = [httparse::EMPTY_HEADER; FIELD_COUNT];
         let mut request = httparse::Request::new(&mut fields);
-        match request.parse(bytes) {
-            Ok(httparse::Status::Complete(length)) if length == bytes.len() => {}
-            Ok(_) => return Err(malformed("no request line")),
-            Err(httparse::Error::TooManyHeaders) => return Err(head_too_large()),
+        let large = |head: &[u8]| {
+            let mut lines = head.split(|b| *b == b'\n');
+            head.len() > HEAD_SIZE || lines.any(|line| line.len() > LINE_SIZE)
+        };
+        let length = match request.parse(bytes) {
+            Ok(httparse::Status::Complete(length)) if !large(&bytes[..length]) => length,
+            Ok(httparse::Status::Partial) if !large(bytes) => return Ok(None),
+            Ok(_) | Err(httparse::Error::TooManyHeaders) => return Err(head_too_large()),
+            Err(_) if large(bytes) => return Err(head_too_large()),
             Err(e) => return Err(malformed(&e.to_string())),
+        };
+        let mut lines = bytes[..length].split_inclusive(|b| *b == b'\n');
+        // httparse takes a bare LF as well, and empty lines before the first.
+        if bytes.starts_with(b"\r") || !lines.all(|line| line.ends_with(b"\r\n")) {
+            return Err(malformed("no request line, or a bare LF"));
         }
         let mut fields = HeaderMap::with_capacity(request.headers.len());
         for field in request.headers.iter() {
             let name = HeaderName::try_from(field.name).ok();
             let value = HeaderValue::from_bytes(field.value.trim_ascii()).ok();
+            let value = value.filter(|value| value.to_str().is_ok());
             let field = name.zip(value);
             let (name, value) =
                 field.ok_or_else(|| malformed("a header has no valid name or value"))?;
@@ -662,7 +650,7 @@ impl Head {
             fields,
         };
         head.check().map_err(malformed)?;
-        Ok(head)
+        Ok(Some((head, length)))
     }
 
     /// What makes no request that could be passed on, although each part is right.
@@ -2017,8 +2005,6 @@ struct Stream {
     tls: Option<Box<rustls::ServerConnection>>,
     /// Read from the client but not used yet: it travels with the stream.
     buffered: Vec<u8>,
-    /// Where the first line of it begins that is not whole yet.
-    scanned: usize,
     /// A part of a TLS record has come.
     partial: bool,
     /// In the gate: more may be there than its socket tells.
@@ -2063,7 +2049,6 @@ impl Stream {
             peer,
             tls: tls.map(Box::new),
             buffered: Vec::new(),
-            scanned: 0,
             partial: false,
             recheck: true,
             draining: None,
@@ -2183,11 +2168,9 @@ impl Stream {
         if self.buffered.starts_with(b"\r\n") {
             self.consume(2);
         }
-        let Some(length) = head_end(&self.buffered, &mut self.scanned)? else {
+        let Some((head, length)) = Head::parse(&self.buffered)? else {
             return Ok(None);
         };
-        self.scanned = 0;
-        let head = Head::parse(&self.buffered[..length])?;
         self.consume(length);
         Ok(Some(head))
     }

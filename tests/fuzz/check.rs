@@ -56,20 +56,20 @@ fn same_head(
     step: usize,
     tally: &mut Tally,
 ) -> Result<Option<(Admitted, reference::Head)>, String> {
-    let line = &bytes[if bytes.starts_with(b"\r\n") { 2 } else { 0 }..];
-    // A long one in larger pieces, as each costs another look at its last line.
-    let cuts = (0..line.len()).step_by(step.max(line.len() / 256));
-    let cuts: Vec<_> = cuts.collect();
-    let (pieces, one) = (
-        inside::head_end_of(line, &cuts),
-        inside::head_end_of(line, &[]),
-    );
-    if pieces != one {
-        return Err(format!(
-            "the head ends at {pieces:?} when it comes in pieces of {step}, else at {one:?}"
-        ));
+    // As it comes: nothing is taken for a head that is not whole, nor refused that would be one.
+    let whole = gate(bytes);
+    let end = whole.as_ref().map_or(bytes.len(), |head| {
+        head.as_ref().map_or(bytes.len(), |(_, end)| *end)
+    });
+    for cut in (0..end).step_by(step.max(end / 64)) {
+        match gate(&bytes[..cut]) {
+            Ok(None) => {}
+            Err(_) if whole.is_err() => break,
+            Err(status) => return Err(format!("{status} at {cut}, but the head is fine")),
+            Ok(Some(_)) => return Err(format!("a head at {cut}, but it ends at {end}")),
+        }
     }
-    match (gate(bytes), reference::head(bytes)) {
+    match (whole, reference::head(bytes)) {
         (Ok(Some((admitted, end))), Reading::Whole(head)) => {
             let asked = (&admitted.method, &admitted.target, admitted.length, end);
             let should = (&head.method, &head.target, head.length, head.end);
@@ -90,7 +90,8 @@ fn same_head(
             tally.refused += 1;
             Ok(None)
         }
-        (Ok(None), Reading::Short) => {
+        // What is not whole may be refused now or later.
+        (Ok(None), Reading::Short | Reading::Refused) | (Err(400 | 431), Reading::Short) => {
             tally.short += 1;
             Ok(None)
         }

@@ -53,18 +53,6 @@ pub fn head(bytes: &[u8]) -> Result<Option<(Admitted, usize)>, u16> {
     }))
 }
 
-/// Looks for the end of a head that comes in pieces, which end at `cuts`.
-pub fn head_end_of(bytes: &[u8], cuts: &[usize]) -> Result<Option<usize>, u16> {
-    let mut scanned = 0;
-    for cut in cuts.iter().copied().chain([bytes.len()]) {
-        match head_end(&bytes[..cut], &mut scanned) {
-            Ok(None) => {}
-            found => return found.map_err(|reply| reply.status),
-        }
-    }
-    Ok(None)
-}
-
 /// Reads a body from `source` to its end, at most `room` bytes at a time; an error as the program sees it. What
 /// follows a broken body must never be taken for the next request.
 pub fn body(length: Length, source: &mut impl BufRead, room: usize) -> io::Result<Vec<u8>> {
