@@ -107,8 +107,8 @@ const PICKUP_TIME: Duration = Duration::from_secs(5);
 /// Idle workers kept beside the busy ones: one that waits in `recv` already takes a ticket sooner,
 /// by a fifth of what a request takes, than one that has just answered and is about to.
 const SPARE_WORKERS: usize = 3;
-/// How often idle workers are ended.
-const RETIRE_INTERVAL: Duration = Duration::from_secs(15);
+/// How often idle workers are ended, and the certificate files looked at.
+const CHORE_INTERVAL: Duration = Duration::from_secs(5);
 /// Client connections beyond those that workers serve.
 const SPARE_CONNECTIONS: u64 = 1024;
 /// New connections that the kernel may queue for us; it resets some beyond that.
@@ -150,8 +150,6 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(86400);
 const DRAIN_TIME: Duration = Duration::from_secs(10);
 /// Longer than anything takes, and short enough to be added to any clock.
 const FOREVER: Duration = Duration::from_secs(365 * 86400);
-/// How often the certificate files are looked at.
-const RENEWAL_CHECK: Duration = Duration::from_secs(5);
 
 // ─── main ────────────────────────────────────────────────────────────────────────────────────
 // In: the command line, signals. Out: an exit code: 0, 1 for a failure to start or run, 2 for
@@ -269,6 +267,8 @@ struct Gate {
     stopping: Arc<AtomicBool>,
     /// The log knows that new connections wait.
     warned: bool,
+    /// When idle workers are ended, and the certificate files looked at.
+    chores_at: Instant,
 }
 
 /// What becomes of a stream after an answer. `None`: the connection is gone, without a final
@@ -302,6 +302,7 @@ impl Gate {
             wakes,
             stopping,
             warned: false,
+            chores_at: Instant::now(),
         })
     }
 
@@ -329,11 +330,14 @@ impl Gate {
                 self.settle(verdict);
             }
             self.dispatch().map_err(|e| Error::start("tiny_http", e))?;
-            self.pool.retire_idle();
             if acceptable {
                 self.admit();
             }
-            self.tls.iter_mut().for_each(Tls::renew);
+            if left_until(self.chores_at).is_zero() {
+                self.chores_at = Instant::now() + CHORE_INTERVAL;
+                self.pool.retire_idle();
+                self.tls.iter_mut().for_each(Tls::renew);
+            }
             if end.is_none() && self.stopping.load(Ordering::SeqCst) {
                 info!("stopping, once running requests and refreshes have ended");
                 end = Some(Instant::now() + DRAIN_TIME);
@@ -366,10 +370,9 @@ impl Gate {
     /// connections can be read.
     fn wait(&self, end: Option<Instant>) -> io::Result<(bool, Vec<bool>)> {
         let waiting = self.queue.front().map(|exchange| exchange.stream.due());
-        let renewal = self.tls.as_ref().map(|tls| tls.next);
-        let dues = [end, waiting, renewal].into_iter().flatten();
+        let dues = [end, waiting].into_iter().flatten();
         let dues = dues.chain(self.connections.iter().map(Stream::due));
-        let time = left_until(dues.fold(self.pool.retire_at, Instant::min));
+        let time = left_until(dues.fold(self.chores_at, Instant::min));
         let time = time.try_into().ok();
 
         let mut sources = vec![self.wakes.as_fd()];
@@ -531,9 +534,8 @@ fn listen(addresses: &[SocketAddr]) -> Result<TcpListener, Error> {
 #[derive(Clone)]
 struct Tls {
     files: [PathBuf; 2],
-    /// How they looked when they were last read, and when they are looked at again.
+    /// How they looked when they were last read.
     seen: [Option<Stamp>; 2],
-    next: Instant,
     config: Arc<rustls::ServerConfig>,
 }
 
@@ -554,17 +556,12 @@ impl Tls {
         Ok(Tls {
             files,
             seen,
-            next: Instant::now() + RENEWAL_CHECK,
             config: Arc::new(config),
         })
     }
 
     /// Takes the certificate from its files, where they are others than before.
     fn renew(&mut self) {
-        if !left_until(self.next).is_zero() {
-            return;
-        }
-        self.next = Instant::now() + RENEWAL_CHECK;
         let seen = self.files.each_ref().map(|file| stamp(file));
         if seen == self.seen {
             return;
@@ -722,8 +719,6 @@ struct Pool {
     running: usize,
     /// How many of them have an exchange.
     busy: usize,
-    /// When the others are ended.
-    retire_at: Instant,
 }
 
 impl Pool {
@@ -737,7 +732,6 @@ impl Pool {
             limit,
             running: 0,
             busy: 0,
-            retire_at: Instant::now() + RETIRE_INTERVAL,
         };
         pool.send_ticket()?;
         let ticket = pool.server.recv_timeout(PICKUP_TIME)?;
@@ -768,11 +762,8 @@ impl Pool {
     /// Ends the workers that have nothing to do: a stack that grew keeps its pages for as long as
     /// its thread lives.
     fn retire_idle(&mut self) {
-        if left_until(self.retire_at).is_zero() {
-            (self.busy..self.running).for_each(|_| self.server.unblock());
-            self.running = self.busy;
-            self.retire_at = Instant::now() + RETIRE_INTERVAL;
-        }
+        (self.busy..self.running).for_each(|_| self.server.unblock());
+        self.running = self.busy;
     }
 
     fn send_ticket(&mut self) -> io::Result<()> {
