@@ -43,7 +43,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -223,15 +223,6 @@ fn lock_state_dir(folder: &Path) -> Result<File, Error> {
 /// credential's `turn` is held for a whole refresh.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The same, or `None` while another thread has it.
-fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
-    match mutex.try_lock() {
-        Err(TryLockError::WouldBlock) => None,
-        Err(TryLockError::Poisoned(left)) => Some(left.into_inner()),
-        Ok(guard) => Some(guard),
-    }
 }
 
 fn left_until(deadline: Instant) -> Duration {
@@ -1037,8 +1028,9 @@ struct Credential {
 #[derive(Default)]
 struct State {
     token: Option<Token>,
-    /// Of the file when it was last read; `None` when it must be read again anyhow.
-    stamp: Option<Stamp>,
+    /// The file's, when it was last read; and whether it needs no other look while it has that.
+    seen: Option<Stamp>,
+    settled: bool,
     refresh: Refresh,
     /// No refresh begins any more.
     stopping: bool,
@@ -1054,8 +1046,6 @@ struct Refresh {
     /// The last wait after a failure.
     backoff: Duration,
     failure: Option<Outage>,
-    /// The file's when it failed: a change of the file is worth another try.
-    failed_with: Option<Stamp>,
     /// The token that was spent, and what it brought, if that is not on disk yet.
     unsaved: Option<(Token, Token)>,
 }
@@ -1072,11 +1062,6 @@ struct Token {
 }
 
 impl Token {
-    /// Whether both are the same, whatever else is known of them.
-    fn same_tokens(&self, other: &Token) -> bool {
-        self.access == other.access && self.refresh == other.refresh
-    }
-
     /// Whether both are of one login, which no refresh has changed in between.
     fn same_refresh_token(&self, other: &Option<Token>) -> bool {
         other.as_ref().is_some_and(|t| t.refresh == self.refresh)
@@ -1131,7 +1116,8 @@ impl Credential {
         let mut state = self.reload(false);
         if let Some(old) = state.due(TOKEN_MARGIN, None).cloned() {
             drop(state);
-            let turn = try_lock(&self.turn);
+            self.turn.clear_poison();
+            let turn = self.turn.try_lock().ok();
             if turn.is_none() && old.lasts(Duration::ZERO) {
                 return Ok(old);
             }
@@ -1190,10 +1176,7 @@ impl Credential {
     /// Lets no refresh begin, waits for one that runs, and writes what is unsaved.
     fn finish(&self) {
         lock(&self.state).stopping = true;
-        let end = Instant::now() + TOKEN_TIME;
-        while try_lock(&self.turn).is_none() && !left_until(end).is_zero() {
-            thread::sleep(ACCEPT_PAUSE);
-        }
+        let _turn = lock(&self.turn);
         self.save(None);
     }
 
@@ -1215,7 +1198,6 @@ impl Credential {
     /// Notes a failure: for `least` or the back-off, whichever is longer, or until the file changes.
     fn fail(&self, refresh: &mut Refresh, why: String, least: Option<Duration>) {
         let (name, remedy) = (self.provider.name, self.remedy());
-        refresh.failed_with = stamp(&self.path);
         let Some(least) = least else {
             error!("{name}: refresh: {why}; it is down until its file changes; {remedy}");
             refresh.failure = Some((format!("{why}; {remedy}"), None));
@@ -1241,13 +1223,8 @@ impl Credential {
             passing(why)
         })?;
         let new = self.request_token(old)?;
-        lock(&self.state).refresh.unsaved = Some((old.clone(), new.clone()));
+        lock(&self.state).refresh.unsaved = Some((old.clone(), new));
         self.save(Some(draft));
-        let mut state = lock(&self.state);
-        if state.token.as_ref().is_some_and(|t| t.same_tokens(&new)) {
-            info!("{}: refreshed", self.provider.name);
-            state.refresh.succeeded = Some(SystemTime::now());
-        }
         Ok(())
     }
 
@@ -1293,51 +1270,63 @@ impl Credential {
     fn save(&self, draft: Option<Draft>) {
         let unsaved = lock(&self.state).refresh.unsaved.clone();
         let Some((old, new)) = unsaved else { return };
+        let (name, first) = (self.provider.name, draft.is_some());
         let draft = draft.map_or_else(|| Draft::new(&self.path), Ok);
         let saved = draft.and_then(|draft| self.write(&old, &new, draft));
-        let mut state = self.reload(saved.is_ok());
-        // Unless a login of the file's own, or a log-out, has won.
-        if let (Err(why), Some(_)) = (saved, &state.refresh.unsaved) {
-            let name = self.provider.name;
-            error!("{name}: {why}; the new login is in memory only");
-            state.token = Some(new);
-            let why = "the new login is not on disk yet";
-            self.fail(&mut state.refresh, why.into(), Some(Duration::ZERO));
+        let mut state = self.reload(true);
+        if state.refresh.unsaved.is_none() {
+            return; // a login of the file's own, or a log-out, has won
+        }
+        if first {
+            info!("{name}: refreshed");
+            state.refresh.succeeded = Some(SystemTime::now());
+        }
+        match saved {
+            Ok(token) => {
+                state.token = token;
+                (state.refresh.unsaved, state.refresh.failure) = (None, None);
+                state.refresh.backoff = Duration::ZERO;
+            }
+            Err(why) => {
+                error!("{name}: {why}; the new login is in memory only");
+                state.token = Some(new);
+                let why = "the new login is not on disk yet";
+                self.fail(&mut state.refresh, why.into(), Some(Duration::ZERO));
+            }
         }
     }
 
-    /// Writes a new token into the file, unless that has a newer login: then the file wins.
-    fn write(&self, old: &Token, new: &Token, draft: Draft) -> Result<(), String> {
+    /// Writes a new token into the file, unless that has a newer login; and what it has then.
+    fn write(&self, old: &Token, new: &Token, draft: Draft) -> Result<Option<Token>, String> {
         let failed = |e: io::Error| format!("write {}: {e}", self.path.display());
         let (read, mut json) = self.read().map_err(failed)?;
-        let ours = old.same_refresh_token(&self.provider.token_in(&json));
-        if ours {
+        if old.same_refresh_token(&self.provider.token_in(&json)) {
             self.provider.edit(&mut json, new);
             draft.publish(&json, read).map_err(failed)?;
         }
-        let mut state = lock(&self.state);
-        if ours {
-            state.token = Some(new.clone());
-        }
-        let refresh = &mut state.refresh;
-        (refresh.unsaved, refresh.failure) = (None, None);
-        refresh.backoff = Duration::ZERO;
-        Ok(())
+        Ok(self.provider.token_in(&json))
     }
 
     /// Adopts what is new on disk. `anyway` reads the file even if it seems unchanged. Small and
     /// local, it is read under the lock: whoever waits for that would have to read it as well.
     fn reload(&self, anyway: bool) -> MutexGuard<'_, State> {
         let mut state = lock(&self.state);
-        if !anyway && state.stamp.is_some() && state.stamp == stamp(&self.path) {
+        if !anyway && state.settled && state.seen == stamp(&self.path) {
             return state;
         }
-        state.stamp = None;
+        state.settled = false;
         let found = self.read().and_then(|(stamp, json)| {
-            let settled = stamp.2.elapsed().is_ok_and(|age| age > SETTLE_TIME);
-            state.stamp = Some(stamp).filter(|_| settled);
+            state.settled = stamp.2.elapsed().is_ok_and(|age| age > SETTLE_TIME);
             let token = self.provider.token_in(&json);
-            token.ok_or_else(|| self.lack(ErrorKind::NotFound, "holds no login"))
+            let token = token.ok_or_else(|| self.lack(ErrorKind::NotFound, "holds no login"))?;
+            // A change of the file is worth another try, but not one of its mode.
+            let content = |stamp: Stamp| (stamp.0, stamp.2);
+            if state.seen.replace(stamp).map(content) != Some(content(stamp))
+                && state.refresh.unsaved.is_none()
+            {
+                state.refresh.failure = None;
+            }
+            Ok(token)
         });
         let lasting = |e| match e {
             ErrorKind::NotFound | ErrorKind::NotADirectory => true,
@@ -1363,24 +1352,14 @@ impl Credential {
         {
             return;
         }
-        let known = match (&token, &state.token) {
-            (Some(token), Some(own)) => token.same_tokens(own),
-            (token, own) => token == own && failure == state.refresh.failure,
-        };
-        state.token = token; // what else the file says of a known one may be new
-        if known {
-            // Not the time of its mode: to tighten that is no news.
-            let content = |stamp: Stamp| (stamp.0, stamp.2);
-            let failed_with = state.refresh.failed_with.map(content);
-            if state.token.is_some() && failed_with != stamp(&self.path).map(content) {
-                state.refresh.failure = None;
-            }
+        if token == state.token && (token.is_some() || failure == state.refresh.failure) {
             return;
         }
         match &failure {
             None => info!("{name}: login read from {}", self.path.display()),
             Some((why, _)) => warn!("{name}: {why}"),
         }
+        state.token = token;
         state.refresh = Refresh::default();
         state.refresh.failure = failure;
     }
