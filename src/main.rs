@@ -1959,16 +1959,6 @@ impl Write for Socket {
     }
 }
 
-/// What a stream does while it is in the gate.
-#[derive(Clone, Copy, PartialEq)]
-enum Phase {
-    Handshake,
-    /// A part of a request's head has come.
-    Head,
-    Idle,
-    Draining,
-}
-
 struct Stream {
     socket: Socket,
     peer: SocketAddr,
@@ -2029,31 +2019,24 @@ impl Stream {
     /// The stream as it is in the gate: between two heads, or after its last answer.
     fn enter_gate(mut self) -> Stream {
         self.partial = false;
-        self.begin_phase();
+        self.socket.deadline = Instant::now() + self.allowance();
         // What was read already, the socket does not tell of.
         self.recheck = self.tls.is_some() || !self.buffered.is_empty();
         self
     }
 
-    fn phase(&self) -> Phase {
-        if self.draining.is_some() {
-            Phase::Draining
-        } else if self.tls.as_ref().is_some_and(|tls| tls.is_handshaking()) {
-            Phase::Handshake
-        } else if self.partial || !self.buffered.is_empty() {
-            Phase::Head
-        } else {
-            Phase::Idle
-        }
+    fn is_handshaking(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.is_handshaking())
     }
 
-    fn begin_phase(&mut self) {
-        self.socket.deadline = Instant::now()
-            + match self.phase() {
-                Phase::Handshake | Phase::Head => HEAD_TIME,
-                Phase::Idle => IDLE_TIME,
-                Phase::Draining => LINGER_TIME,
-            };
+    /// How long it may do in the gate what it does: drain, take a part of a head for whole, or idle.
+    fn allowance(&self) -> Duration {
+        let begun = self.partial || !self.buffered.is_empty();
+        match self.draining {
+            Some(_) => LINGER_TIME,
+            None if begun || self.is_handshaking() => HEAD_TIME,
+            None => IDLE_TIME,
+        }
     }
 
     /// When the gate looks at it even if its socket is silent.
@@ -2104,15 +2087,15 @@ impl Stream {
     fn read_on(&mut self) -> Result<Option<Head>, Fault> {
         self.recheck = false;
         for _ in 0..2 {
-            let phase = self.phase();
+            let phase = (self.is_handshaking(), self.allowance());
             if self.draining.is_none()
                 && let Some(head) = self.head()?
             {
                 return Ok(Some(head));
             }
             let read = self.fill();
-            if self.phase() != phase {
-                self.begin_phase();
+            if (self.is_handshaking(), self.allowance()) != phase {
+                self.socket.deadline = Instant::now() + self.allowance();
             }
             match (read, &mut self.draining) {
                 (Ok(1..), None) => {}
