@@ -276,7 +276,8 @@ impl Gate {
         let (verdict, verdicts) = mpsc::channel();
         let tls = config.tls.clone();
         let proxy = Arc::new(Proxy::new(config, verdict, waker)?);
-        let pool = Pool::start(&proxy, workers).map_err(failed)?;
+        let inner = |e| Error::start("a socket in state_dir or TMPDIR", e);
+        let pool = Pool::start(&proxy, workers).map_err(inner)?;
         for upstream in &proxy.upstreams {
             let credential = upstream.credential.clone();
             spawn("keeper", move || credential.keep()).map_err(failed)?;
@@ -336,8 +337,9 @@ impl Gate {
                 self.connections.retain(|stream| stream.draining.is_some());
             }
         }
-        if self.count() > 0 {
-            warn!("{} requests still ran and are cut short", self.count());
+        let running = self.queue.len() + self.pool.busy;
+        if running > 0 {
+            warn!("{running} requests still ran and are cut short");
         }
         Ok(())
     }
@@ -473,7 +475,7 @@ fn descriptors(wanted: u64) -> (usize, usize) {
     let _ = setrlimit(Resource::Nofile, limits); // what came of it, the next line tells
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let rest = limit.saturating_sub(SPARE_DESCRIPTORS);
-    let workers = wanted.min(rest / (WORKER_DESCRIPTORS + 1)).max(1);
+    let workers = wanted.min(rest / (WORKER_DESCRIPTORS + 2)).max(1);
     if workers < wanted {
         warn!("the limit of {limit} open files carries {workers} workers, not {wanted}");
     }
@@ -855,7 +857,9 @@ impl Exchange {
             head,
             held: Cursor::default(),
             fault: None,
-            started: Instant::now(),
+            started,
+        // With the first byte of its head.
+        let started = stream.socket.deadline - HEAD_TIME;
             report: Report::default(),
         }
     }

@@ -315,3 +315,21 @@ fn down_however_it_is_framed() {
         }
     }
 }
+
+/// The time for an answer begins when the whole request is there.
+#[test]
+fn an_upload_may_take_longer_than_the_request_timeout() {
+    let up = Upstream::at_head(|req, conn| {
+        let body = conn.wire.body(req.head.framing(http::Framing::Done))?;
+        conn.respond(200, &[], body.len().to_string().as_bytes())
+    });
+    let mux = Setup::new(&up).set("request_timeout", "1s").start();
+    let mut client = mux.client();
+    let length = ("content-length", "2500000");
+    client.start("POST", MESSAGES, &[BEARER, length]);
+    for _ in 0..5 {
+        client.send(vec![b'x'; 500_000]);
+        std::thread::sleep(std::time::Duration::from_millis(400));
+    }
+    assert_eq!(client.answer().text(), "2500000");
+}

@@ -41,7 +41,9 @@ fn it_is_said_at_once() {
         held.wait(1);
         conn.respond(200, &[], b"late")
     });
-    let mux = Setup::new(&up).set("workers", 2).start();
+    let login = up.login("claude", 3600).claude();
+    let setup = Setup::bare(&up).save("claude", &login);
+    let mux = setup.set("workers", 1).start();
     let mut busy = mux.client();
     busy.request("POST", MESSAGES, &[BEARER], b"{}");
     up.wait(1, |_| true);

@@ -262,3 +262,32 @@ fn a_header_that_is_too_long_when_merged_is_431() {
     answer.error();
     assert_eq!(mux.ask("POST", MESSAGES, &twice[..1], b"{}").status, 200);
 }
+
+#[test]
+fn a_post_without_a_body_stays_one() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    assert_eq!(
+        mux.client()
+            .start("POST", MESSAGES, &[BEARER])
+            .answer()
+            .status,
+        200
+    );
+    let head = up.requests().pop().expect("a request").head;
+    let framing = (head.get("content-length"), head.get("transfer-encoding"));
+    assert_eq!(framing, (Some("0"), None));
+}
+
+/// As large as a head may be, and with as many fields.
+#[test]
+fn a_large_head_is_passed_on() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let value = "x".repeat(300);
+    let names: Vec<_> = (0..90).map(|number| format!("x-{number}")).collect();
+    let headers: Vec<_> = names.iter().map(|n| (n.as_str(), value.as_str())).collect();
+    assert_eq!(mux.ask("POST", MESSAGES, &headers, b"{}").status, 200);
+    let head = up.requests().pop().expect("a request").head;
+    assert!(names.iter().all(|name| head.get(name) == Some(&value)));
+}

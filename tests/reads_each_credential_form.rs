@@ -118,11 +118,7 @@ fn a_time_is_in_seconds_or_milliseconds_and_keeps_its_unit() {
             *file.pointer_mut(key).expect("a field") = json!(login.expires * unit);
             (file, key)
         };
-        let target = if provider == "claude" {
-            MESSAGES
-        } else {
-            RESPONSES
-        };
+        let target = target(provider);
         let mux = Setup::bare(&up).save(provider, &with(&fresh).0).start();
         assert_eq!(mux.ask("POST", target, &[], b"{}").status, 200);
         assert_eq!(up.refreshes().len(), 0, "{provider}, unit {unit}");

@@ -22,6 +22,8 @@ fn refused(mux: &Mux, raw: &[u8]) -> String {
     assert_eq!(rest.matches("HTTP/1.1 ").count(), 1, "{case:?}: {rest:?}");
     let answer = rest.strip_prefix("HTTP/1.1 ").expect("an answer");
     assert!(answer.contains("\"type\":\"error\""), "{case:?}: {rest:?}");
+    let final_word = answer.contains("\r\nx-should-retry: false\r\n");
+    assert!(final_word, "{case:?}: {rest:?}");
     answer[..3].to_owned()
 }
 

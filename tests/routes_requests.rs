@@ -107,6 +107,7 @@ fn what_has_no_route_is_404_and_never_reaches_the_upstream() {
         "/claude/v1/oauth/token",
         "/claude/v1/oauth/authorize?x",
         "/chatgpt/v1/oauth/token",
+        "/claude/v1/OAuth/token",
     ] {
         let answer = mux.ask("GET", target, &[], b"");
         assert_eq!(answer.status, 404, "{target}");

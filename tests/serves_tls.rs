@@ -92,11 +92,7 @@ fn shows(mux: &Mux, authority: &Authority) -> bool {
 }
 
 fn wait_until_shown(mux: &Mux, authority: &Authority) {
-    let shown = (0..300).any(|_| {
-        std::thread::sleep(std::time::Duration::from_millis(100));
-        shows(mux, authority)
-    });
-    assert!(shown, "the new certificate is not in use");
+    wait_until("the new certificate is in use", || shows(mux, authority));
 }
 
 #[test]
@@ -170,4 +166,17 @@ fn a_pair_that_cannot_be_used_stops_the_start() {
         assert!(log.contains(".pem"), "{log}");
         assert!(!log.contains("panicked"), "{log}");
     }
+}
+
+/// With a close_notify behind it, or a client could not tell that nobody cut it off.
+#[test]
+fn the_last_answer_ends_tls() {
+    let authority = Authority::new();
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).tls(&authority).start();
+    let mut client = Client::tls(mux.addr, &authority);
+    let close = ("connection", "close");
+    client.request("POST", MESSAGES, &[BEARER, close], b"{}");
+    assert_eq!(client.answer().text(), "fine");
+    assert_eq!(client.wire.some().expect("a clean end"), b"");
 }

@@ -3,23 +3,6 @@
 mod common;
 use common::*;
 
-/// An upstream that answers in two events, the second of which waits for the step.
-fn two_events() -> (Upstream, Steps) {
-    let go = Steps::default();
-    let held = go.clone();
-    let up = Upstream::start(move |req, conn| {
-        if req.head.get("x-held").is_none() {
-            return conn.respond(200, &[], b"fine");
-        }
-        conn.stream(&[])?;
-        conn.chunk("one")?;
-        held.wait(1);
-        conn.chunk("two")?;
-        conn.finish()
-    });
-    (up, go)
-}
-
 fn occupy(mux: &Mux, workers: usize) -> Vec<Client> {
     let clients = (0..workers).map(|_| {
         let mut client = mux.client();

@@ -114,6 +114,19 @@ fn every_form_of_a_duration() {
 }
 
 #[test]
+fn a_number_is_seconds() {
+    let end = Steps::default();
+    let held = end.clone();
+    let up = Upstream::start(move |_, conn| {
+        held.wait(1);
+        conn.cut()
+    });
+    let mux = Setup::new(&up).set("request_timeout", 1).start();
+    assert_eq!(mux.message().status, 504);
+    end.advance();
+}
+
+#[test]
 fn a_port_alone_is_every_interface() {
     let up = Upstream::plain();
     let mux = Setup::new(&up).set("listen", ":0").start();
@@ -127,6 +140,20 @@ fn a_port_alone_is_every_interface() {
             .answer();
         assert_eq!(answer.status, 200, "{addr}");
     }
+    mux.wait_log(" peer=127.0.0.1:"); // not ::ffff:127.0.0.1
+}
+
+/// As Go does: what is told to call a name by IPv4 still reaches it.
+#[test]
+fn of_a_names_addresses_it_takes_ipv4_first() {
+    let up = Upstream::plain();
+    let setup = Setup::new(&up).set("listen", "both.test:0");
+    let hosts = setup.write("hosts", "::1 both.test\n127.0.0.1 both.test\n");
+    let Some(script) = setup::mounting(&hosts, "/etc/hosts") else {
+        return eprintln!("SKIPPED: only root has an /etc/hosts of its own");
+    };
+    let mux = setup.shell(&script).start();
+    assert!(mux.addr.is_ipv4(), "{}", mux.addr);
 }
 
 #[test]
@@ -228,4 +255,52 @@ fn few_descriptors_lower_the_workers_with_a_warning() {
         "{warnings:?}"
     );
     assert_eq!(mux.message().status, 200);
+}
+
+/// Of the few, some are for clients: with every worker busy, somebody still hears how it is.
+#[test]
+fn with_few_descriptors_there_is_room_for_more_clients_than_workers() {
+    let go = Steps::default();
+    let held = go.clone();
+    let up = Upstream::start(move |_, conn| {
+        held.wait(1);
+        conn.respond(200, &[], b"late")
+    });
+    let setup = Setup::new(&up).set("workers", 500);
+    let mux = setup.shell("ulimit -n 64 && exec \"$@\"").start();
+    let warning = mux.log_lines(" workers, not 500").pop().expect("a warning");
+    let workers = warning.split(" carries ").nth(1);
+    let workers = workers.and_then(|rest| rest.split(' ').next()?.parse().ok());
+    let mut busy: Vec<_> = (0..workers.expect("a number"))
+        .map(|_| mux.client())
+        .collect();
+    for client in &mut busy {
+        client.request("POST", MESSAGES, &[BEARER], b"{}");
+    }
+    up.wait(busy.len(), |_| true);
+    let health = mux.client().request("GET", "/healthz", &[], b"").answer();
+    assert_eq!(health.status, 200);
+    go.advance();
+    for client in &mut busy {
+        assert_eq!(client.answer().text(), "late");
+    }
+}
+
+/// Longer than the address of a socket can be.
+#[test]
+fn a_state_dir_may_have_a_long_path() {
+    let up = Upstream::plain();
+    let setup = Setup::bare(&up).set("state_dir", format!("~/{}", "long/".repeat(30)));
+    assert_eq!(setup.start().message().status, 503);
+}
+
+#[test]
+fn plain_http_may_go_to_each_loopback_address() {
+    let up = Upstream::plain();
+    let url = format!("http://localhost:{}/anthropic", up.addr.port());
+    let mux = Setup::new(&up).provider(0, "base_url", url).start();
+    assert_eq!(mux.message().status, 200);
+    Setup::new(&up)
+        .provider(0, "base_url", "http://[::1]:9")
+        .start();
 }

@@ -11,24 +11,11 @@ use std::time::Duration;
 fn running(up: &Upstream, setup: Setup) -> (Mux, Client) {
     let mux = setup.start();
     let mut client = mux.client();
-    client.request("POST", MESSAGES, &[BEARER], b"{}");
+    client.request("POST", MESSAGES, &[BEARER, ("x-held", "1")], b"{}");
     client.head();
     assert_eq!(client.text(), "one");
     up.wait(1, |_| true);
     (mux, client)
-}
-
-fn two_events() -> (Upstream, Steps) {
-    let go = Steps::default();
-    let held = go.clone();
-    let up = Upstream::start(move |_, conn| {
-        conn.stream(&[])?;
-        conn.chunk("one")?;
-        held.wait(1);
-        conn.chunk("two")?;
-        conn.finish()
-    });
-    (up, go)
 }
 
 #[test]
@@ -99,13 +86,39 @@ fn a_refresh_is_waited_for_until_it_is_saved() {
     assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
 }
 
+/// Before one that was asked earlier, and waits for a request.
 #[test]
 fn with_nothing_to_do_it_ends_at_once() {
-    let up = Upstream::plain();
-    let mut mux = Mux::start(&up);
+    let (up, go) = two_events();
+    let (mut busy, mut client) = running(&up, Setup::new(&up));
+    let plain = Upstream::plain();
+    let mut mux = Mux::start(&plain);
     assert_eq!(mux.message().status, 200);
+    busy.signal(Signal::TERM);
     assert_eq!(mux.stop(), 0);
     assert_eq!(mux.log_lines("ERROR").len(), 0);
+    assert!(!busy.log().contains("cut short"), "{}", busy.log());
+    go.advance();
+    assert_eq!(client.text(), "two");
+    assert_eq!(busy.wait_exit(), 0);
+}
+
+#[test]
+fn a_request_that_waits_for_a_worker_is_served() {
+    let (up, go) = two_events();
+    let (mut mux, mut client) = running(&up, Setup::new(&up).set("workers", 1));
+    let mut waiting = mux.client();
+    waiting.request("POST", MESSAGES, &[BEARER], b"{}");
+    // Answered by the gate, which has thus seen what came before.
+    let mut other = mux.client();
+    other.request("GET", "/healthz", &[], b"");
+    assert_eq!(other.answer().status, 200);
+    mux.signal(Signal::TERM);
+    assert!(other.closed(), "the signal was heard");
+    go.advance();
+    assert_eq!(client.text(), "two");
+    assert_eq!(waiting.answer().text(), "fine");
+    assert_eq!(mux.wait_exit(), 0);
 }
 
 /// A request that it will not read any more must not cost the answer before it: were the socket closed with
@@ -148,10 +161,11 @@ fn no_refresh_begins_after_the_signal() {
             return conn.json(503, &json!({})).map(|()| true);
         }
         signalled.wait(1);
-        thread::sleep(Duration::from_secs(7)); // the other one's back-off is 5 s
+        thread::sleep(Duration::from_secs(11)); // the other one's back-off is 5 s, and requests have 10
         Ok(false)
     });
-    let setup = Setup::bare(&up).save("claude", &up.login("claude", -10).claude());
+    let old = up.login("claude", -10);
+    let setup = Setup::bare(&up).save("claude", &old.claude());
     let setup = setup.save("chatgpt", &up.login("chatgpt", -10).flat());
     let mut mux = setup.start();
     up.wait(2, Request::is_refresh);
@@ -162,6 +176,8 @@ fn no_refresh_begins_after_the_signal() {
     assert_eq!(mux.wait_exit(), 0);
     assert_eq!(seen.count(), 1);
     assert_eq!(up.refreshes().len(), 2);
+    let file = login::read(&mux.state(), "claude");
+    assert_ne!(file["claudeAiOauth"]["refreshToken"], json!(old.refresh));
 }
 
 /// Not even for a login that has ended, and has won over the refresh that runs.

@@ -120,15 +120,12 @@ const WAYS: [&str; 26] = [
 ];
 
 fn ask(mux: &Mux, provider: &str) -> Answer {
-    let target = if provider == "claude" {
-        MESSAGES
-    } else {
-        RESPONSES
-    };
     let mut client = mux.client();
     let socket = client.wire.socket();
     socket.set_read_timeout(Some(LONG)).expect("set a timeout");
-    client.request("POST", target, &[BEARER], b"{}").answer()
+    client
+        .request("POST", target(provider), &[BEARER], b"{}")
+        .answer()
 }
 
 #[test]

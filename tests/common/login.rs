@@ -130,3 +130,12 @@ pub fn read(state: &Path, provider: &str) -> Value {
     let text = fs::read(path(state, provider)).expect("read a credential");
     serde_json::from_slice(&text).expect("a whole credential")
 }
+
+/// The command that logs in, as the messages tell it.
+pub fn remedy(state: &Path, provider: &str) -> String {
+    let folder = state.join(provider);
+    match provider {
+        "claude" => format!("CLAUDE_CONFIG_DIR={folder:?} claude /login"),
+        _ => format!("CODEX_HOME={folder:?} codex login"),
+    }
+}

@@ -26,6 +26,7 @@ pub use upstream::{Conn, Request, Steps, Upstream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use std::{env, fs, thread};
 
 /// The token of the user `alice`, who is configured unless a test says otherwise.
@@ -61,6 +62,41 @@ pub fn at_once<T: Send>(cases: impl IntoIterator<Item = T>, run: impl Fn(T) + Sy
             scope.spawn(move || run(case));
         }
     });
+}
+
+/// Asks again and again until it is so.
+pub fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    let so = (0..300).any(|_| {
+        thread::sleep(Duration::from_millis(100));
+        is_so()
+    });
+    assert!(so, "it never came about: {what}");
+}
+
+/// Where a provider is asked for an answer.
+pub fn target(provider: &str) -> &'static str {
+    match provider {
+        "claude" => MESSAGES,
+        _ => RESPONSES,
+    }
+}
+
+/// An upstream that answers in two events, the second of which waits for the step; but at once where no
+/// `x-held` asks for that.
+pub fn two_events() -> (Upstream, Steps) {
+    let go = Steps::default();
+    let held = go.clone();
+    let up = Upstream::start(move |req, conn| {
+        if req.head.get("x-held").is_none() {
+            return conn.respond(200, &[], b"fine");
+        }
+        conn.stream(&[])?;
+        conn.chunk("one")?;
+        held.wait(1);
+        conn.chunk("two")?;
+        conn.finish()
+    });
+    (up, go)
 }
 
 /// A folder that goes away with its owner.

@@ -157,6 +157,11 @@ impl Drop for Mux {
             );
             return;
         }
+        let failed = self
+            .upstream
+            .failed
+            .load(std::sync::atomic::Ordering::SeqCst);
+        assert!(!failed, "a script of the upstream has panicked");
         let log = self.whole_log();
         let shown = self.upstream.vendors.shown(&log);
         assert_eq!(shown, None, "the log shows a secret:\n{log}");

@@ -211,3 +211,25 @@ fn hand_over(path: &Path) -> io::Result<()> {
     }
     Ok(())
 }
+
+/// For `Setup::shell`: starts it where one file is mounted over another. Only root can.
+pub fn mounting(file: &str, over: &str) -> Option<String> {
+    let private = format!("mount --bind {file} {over}");
+    let tried = Command::new("unshare")
+        .args(["-m", "sh", "-c", &private])
+        .status();
+    let script = format!("exec unshare -m sh -c '{private} && exec \"$@\"' sh \"$@\"");
+    tried.is_ok_and(|status| status.success()).then_some(script)
+}
+
+/// For `Setup::shell`: starts it under strace, where there is one.
+pub fn under_strace(options: &str) -> Option<String> {
+    // The other way round: what the test started is ai-mux.
+    let strace = format!("strace -D -f -qq {options}");
+    let tried = Command::new("sh")
+        .args(["-c", &format!("{strace} true")])
+        .status();
+    tried
+        .is_ok_and(|status| status.success())
+        .then(|| format!("exec {strace} \"$@\""))
+}

@@ -46,6 +46,8 @@ pub struct Shared {
     sockets: Mutex<HashMap<usize, TcpStream>>,
     accepted: AtomicUsize,
     over: AtomicBool,
+    /// A script has panicked, which its thread alone would know.
+    pub failed: AtomicBool,
 }
 
 /// Something that is counted up in one thread and waited for in another.
@@ -116,6 +118,7 @@ impl Upstream {
             sockets: Mutex::default(),
             accepted: AtomicUsize::new(0),
             over: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
         });
         let secure = authority.is_some();
         let all = shared.clone();
@@ -263,6 +266,7 @@ impl Shared {
         if request.is_refresh() {
             self.vendors.refresh(&request, conn)?;
         } else if self.vendors.knows(request.bearer()) {
+            let _watch = Watch(&self.failed);
             (self.script)(&request, conn)?;
         } else {
             let error =
@@ -357,4 +361,12 @@ fn head(status: u16, headers: &[(&str, &str)]) -> String {
         .map(|(n, v)| format!("{n}: {v}\r\n"))
         .collect();
     format!("HTTP/1.1 {status} Whatever\r\n{lines}\r\n")
+}
+
+struct Watch<'a>(&'a AtomicBool);
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_or(thread::panicking(), Ordering::SeqCst);
+    }
 }

@@ -1,12 +1,14 @@
 //! Shows what ai-mux does, with no account and without leaving this machine: the real binary in front of a
 //! stand-in for both vendors. `--once` ends after the show; otherwise it goes on serving until Ctrl-C.
 
+#[path = "../common/build.rs"]
+mod build;
 #[path = "../common/mod.rs"]
 mod common;
 
 use common::*;
 use std::io::{self, IsTerminal, Write};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -34,7 +36,7 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    build();
+    build::build();
     let over = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         signal_hook::flag::register(signal, over.clone()).expect("listen for signals");
@@ -57,20 +59,6 @@ fn main() -> ExitCode {
     let code = mux.stop();
     println!("\n{}", dim("ai-mux was asked to stop, and did."));
     ExitCode::from(u8::from(code != 0))
-}
-
-/// Has cargo build the program itself: running an example builds only the example.
-fn build() {
-    let mut cargo = Command::new(std::env::var("CARGO").unwrap_or("cargo".to_owned()));
-    cargo.args(["build", "--bin", "ai-mux", "--manifest-path"]);
-    cargo.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"));
-    if !cfg!(debug_assertions) {
-        cargo.arg("--release");
-    }
-    assert!(
-        cargo.status().is_ok_and(|s| s.success()),
-        "cargo could not build ai-mux"
-    );
 }
 
 fn paint(code: &str, text: &str) -> String {
