@@ -192,11 +192,14 @@ fn run() -> Result<(), Error> {
     let mut gate = Gate::open(config)?;
     let served = gate.run();
     // What a keeper or a request that is cut short has begun is not lost.
-    thread::scope(|scope| {
-        for upstream in &gate.proxy.upstreams {
-            scope.spawn(|| upstream.credential.finish());
-        }
-    });
+    let (finishing, finished) = mpsc::channel::<()>();
+    for upstream in &gate.proxy.upstreams {
+        let (credential, finishing) = (upstream.credential.clone(), finishing.clone());
+        let finish = move || drop((credential.finish(), finishing));
+        spawn("finish", finish).map_err(|e| Error::start("stop", e))?;
+    }
+    drop(finishing);
+    let _ = finished.recv_timeout(TOKEN_TIME);
     info!("stopped");
     served
 }
@@ -1220,12 +1223,13 @@ impl Credential {
         if lock(&self.state).refresh.unsaved.is_some() {
             return Err(passing("the last one is not on disk yet".into()));
         }
-        // The new tokens are edited into this file, so it must be readable before one is spent.
-        self.read().map_err(|e| passing(e.to_string()))?;
-        let draft = Draft::new(&self.path).map_err(|why| {
-            error!("{}: {why}; no token was spent", self.provider.name);
-            passing(why)
-        })?;
+        let draft = Draft::new(&self.path).map_err(passing)?;
+        // The new tokens are edited into this file; and a draft takes its time, in which another
+        // tool may have been here: then its login holds.
+        let (_, json) = self.read().map_err(|e| passing(e.to_string()))?;
+        if self.provider.token_in(&json).as_ref() != Some(old) {
+            return Ok(());
+        }
         let new = self.request_token(old)?;
         lock(&self.state).refresh.unsaved = Some((old.clone(), new));
         self.save(Some(draft));
@@ -1250,7 +1254,12 @@ impl Credential {
             let json: Value = serde_json::from_slice(&text.unwrap_or_default()).unwrap_or_default();
             let word = error_word(&json);
             let wait = (!provider.is_terminal(status, word)).then(|| wait.unwrap_or_default());
-            return Err((format!("{url} answered {status} {word}"), wait));
+            let word = if word.is_empty() {
+                ""
+            } else {
+                &format!(", {word}")
+            };
+            return Err((format!("{url} answered {status}{word}"), wait));
         }
         let text = text.map_err(|e| passing(&e))?;
         let json: Value = serde_json::from_slice(&text).unwrap_or_default();
@@ -1276,17 +1285,24 @@ impl Credential {
         let Some((old, new)) = unsaved else { return };
         let (name, first) = (self.provider.name, draft.is_some());
         let draft = draft.map_or_else(|| Draft::new(&self.path), Ok);
-        let saved = draft.and_then(|draft| self.write(&old, &new, draft));
+        let write = |draft| self.write(&old, &new, draft);
+        // At once again: what another program did to it in just that moment is over.
+        let again = |_| Draft::new(&self.path).and_then(write);
+        let saved = draft.and_then(write).or_else(again);
         let mut state = self.reload(true);
         if state.refresh.unsaved.is_none() {
             return; // a login of the file's own, or a log-out, has won
         }
         if first {
             info!("{name}: refreshed");
+        }
+        if first {
             state.refresh.succeeded = Some(SystemTime::now());
         }
         match saved {
             Ok(token) => {
+        } else if saved.is_ok() {
+            info!("{name}: the new login is on disk");
                 state.token = token;
                 (state.refresh.unsaved, state.refresh.failure) = (None, None);
                 state.refresh.backoff = Duration::ZERO;
@@ -1335,7 +1351,10 @@ impl Credential {
         let lasting = |e| match e {
             ErrorKind::NotFound | ErrorKind::NotADirectory => true,
             // The only copy of a new login is not let go for a file that may be mended.
-            kind => kind == ErrorKind::InvalidInput && state.refresh.unsaved.is_none(),
+            ErrorKind::InvalidInput | ErrorKind::PermissionDenied => {
+                state.refresh.unsaved.is_none()
+            }
+            _ => false,
         };
         match (found, &state.token) {
             (Ok(token), _) => self.adopt(&mut state, Some(token), None),
@@ -1376,7 +1395,10 @@ impl Credential {
         let remedy = format!("(chown -RH {user} {folder} && chmod -R u+rwX {folder})");
         let failed = |e: io::Error| match e.kind() {
             kind @ ErrorKind::NotFound => self.lack(kind, "is not there"),
-            kind => self.lack(kind, &format!("cannot be read: {e} {remedy}")),
+            kind @ ErrorKind::PermissionDenied => {
+                self.lack(kind, &format!("cannot be read: {e} {remedy}"))
+            }
+            kind => self.lack(kind, &format!("cannot be read: {e}")),
         };
         let meta = fs::metadata(&self.path).map_err(failed)?;
         if meta.uid() != user {
@@ -1407,16 +1429,16 @@ impl Credential {
         io::Error::new(kind, format!("{name} {what}; {remedy}"))
     }
 
-    /// Through links, where they can be followed.
+    /// Through links, where they can be followed; quoted as a shell takes it.
     fn folder(&self) -> String {
         let path = self.path.canonicalize().unwrap_or(self.path.clone());
-        path.parent().unwrap_or(&path).display().to_string()
+        format!("{:?}", path.parent().unwrap_or(&path))
     }
 
     /// What the owner does about a login that is missing or dead.
     fn remedy(&self) -> String {
-        let Provider { home, login, .. } = self.provider;
-        format!("log in with: {home}={} {login}", self.folder())
+        let (Provider { home, login, .. }, folder) = (self.provider, self.folder());
+        format!("log in with: mkdir -p {folder} && {home}={folder} {login}")
     }
 }
 
@@ -1441,9 +1463,7 @@ impl Draft {
         let taken = matches!(lock.try_lock(), Err(fs::TryLockError::WouldBlock));
         let same = lock.metadata().map(inode).ok() == fs::metadata(&target).map(inode).ok();
         if taken || !same {
-            return Err(format!(
-                "{name} is in use by another ai-mux; stop one of them"
-            ));
+            return Err(format!("{name} is locked by another program; stop it"));
         }
         let path = PathBuf::from([target.as_os_str(), "ai-mux-new".as_ref()].join(".".as_ref()));
         let _ = fs::remove_file(&path); // left behind by kill -9

@@ -21,7 +21,8 @@ fn assert_down(mux: &Mux, case: &str) -> String {
     let answer = mux.message();
     assert_eq!(answer.status, 503, "{case}");
     let message = answer.error();
-    assert!(message.contains("claude"), "{case}: {message}");
+    let remedy = login::remedy(&mux.state(), "claude");
+    assert!(message.contains(&remedy), "{case}: {message}");
     assert_eq!(
         mux.ask("POST", RESPONSES, &[], b"{}").status,
         200,
@@ -329,4 +330,36 @@ fn a_folder_that_is_closed_to_it_is_told_with_the_remedy() {
     assert!(message.contains("chown"), "{message}");
     allow(0o700).expect("chmod");
     assert_eq!(mux.message().status, 200);
+}
+
+/// As a tool does that keeps the times of what it copies: only the time of the change itself tells.
+#[test]
+fn rewritten_with_its_old_size_and_time() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let still = SystemTime::now() - Duration::from_secs(60);
+    for _ in 0..3 {
+        let new = up.login("claude", 3600);
+        fs::write(file(&mux), new.claude().to_string()).expect("rewrite a file");
+        let written = fs::File::options().write(true).open(file(&mux));
+        written
+            .and_then(|file| file.set_modified(still))
+            .expect("set a time");
+        assert_eq!(used(&up, &mux), new.access);
+    }
+}
+
+/// One that was readable and is so no more is no login either; and is one again.
+#[test]
+fn one_that_cannot_be_read_any_more() {
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).unprivileged().start();
+    let login = used(&up, &mux);
+    let allow = |mode| fs::set_permissions(file(&mux), fs::Permissions::from_mode(mode));
+    allow(0o000).expect("chmod");
+    assert_down(&mux, "unreadable");
+    assert_down(&mux, "unreadable");
+    assert_eq!(mux.log_lines("WARN").len(), 1, "{}", mux.log());
+    allow(0o600).expect("chmod");
+    assert_eq!(used(&up, &mux), login);
 }

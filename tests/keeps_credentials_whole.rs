@@ -307,7 +307,7 @@ fn two_that_are_linked_to_one_login_do_not_spend_it_twice() {
     let answer = second.message();
     assert_eq!(answer.status, 503);
     assert!(
-        answer.error().contains("another ai-mux"),
+        answer.error().contains("locked by another program"),
         "{}",
         answer.text()
     );
@@ -359,11 +359,7 @@ impl Drop for Disk {
 }
 
 fn wait_until_served(mux: &Mux) {
-    let served = (0..100).any(|_| {
-        thread::sleep(Duration::from_millis(100));
-        mux.message().status == 200
-    });
-    assert!(served, "what was mended is not noticed");
+    wait_until("what was mended is noticed", || mux.message().status == 200);
 }
 
 /// Where nothing can be saved, nothing is spent; and when that is mended, all is well.
@@ -384,7 +380,7 @@ fn a_full_and_a_read_only_disk_are_found_out_before_a_token_is_spent() {
         login::save(&folder.0, "claude", &expired);
         harm(&disk);
         let mux = with_state(&up, &folder.0).start();
-        mux.wait_log("ERROR");
+        mux.wait_log("next try");
         let before = mux.footprint();
         for _ in 0..5 {
             let answer = mux.message();
@@ -444,11 +440,9 @@ fn a_login_that_can_neither_be_saved_nor_read_again_is_not_given_up() {
     fs::set_permissions(&folder, close(0o700)).expect("chmod");
     wait_until_served(&mux);
     let used = up.requests()[0].bearer().to_owned();
-    let saved = (0..100).any(|_| {
-        thread::sleep(Duration::from_millis(100));
+    wait_until("it is saved", || {
         tokens("claude", &login::read(&mux.state(), "claude"))[0] == used
     });
-    assert!(saved, "never saved");
     assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
 }
 

@@ -27,6 +27,7 @@ fn new_access(mux: &Mux) -> String {
 /// The refresh at start has come to its end before the requests of a test begin.
 fn expired_after_start(up: &Upstream, provider: &str) -> Mux {
     let mux = Setup::new(up).start();
+    mux.wait_log(&format!("{provider}: login read"));
     let expired = up.login(provider, -10);
     login::save(&mux.state(), provider, &expired.file(provider));
     mux

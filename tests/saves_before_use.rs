@@ -47,18 +47,14 @@ fn an_unwritable_folder_is_found_out_before_the_refresh_token_is_spent() {
     let setup = setup.unprivileged();
     allow(&folder, 0o500);
     let mux = setup.start();
-    mux.wait_log("ERROR");
+    mux.wait_log("next try");
     let answer = mux.message();
     assert_eq!(answer.status, 503);
     answer.error();
     assert_eq!(mux.ask("POST", RESPONSES, &[], b"{}").status, 200);
     assert_eq!(up.refreshes().len(), 0);
     allow(&folder, 0o700);
-    let served = (0..300).any(|_| {
-        std::thread::sleep(std::time::Duration::from_millis(100));
-        mux.message().status == 200
-    });
-    assert!(served, "a writable folder is not noticed");
+    wait_until("it is served", || mux.message().status == 200);
     assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
 }
 
@@ -98,11 +94,9 @@ fn a_login_is_not_given_up_for_a_file_that_was_given_away() {
 
 fn wait_until_saved(up: &Upstream, mux: &Mux) {
     let used = up.requests().pop().expect("a request").bearer().to_owned();
-    let saved = (0..300).any(|_| {
-        std::thread::sleep(std::time::Duration::from_millis(100));
+    wait_until("it is saved", || {
         login::read(&mux.state(), "claude")["claudeAiOauth"]["accessToken"] == json!(used)
     });
-    assert!(saved, "never saved");
 }
 
 #[test]
@@ -181,7 +175,7 @@ fn a_file_that_is_emptied_behind_ours_costs_no_second_refresh() {
 fn nothing_is_spent_while_the_file_is_broken() {
     let up = Upstream::plain();
     let mux = Setup::new(&up).set("refresh_check_interval", "1s").start();
-    let old = up.login("claude", 63);
+    let old = up.login("claude", 66);
     login::save(&mux.state(), "claude", &old.claude());
     assert_eq!(mux.message().status, 200);
     let broken = fs::write(login::path(&mux.state(), "claude"), b"{\"claudeAiOauth\":");
@@ -190,4 +184,94 @@ fn nothing_is_spent_while_the_file_is_broken() {
     assert_eq!(mux.message().status, 200);
     assert_eq!(up.refreshes().len(), 0);
     assert!(up.honours(&old.refresh));
+}
+
+/// Renaming over it would fail, and no new login could be saved: the folder is to be mounted.
+#[test]
+fn a_file_that_is_mounted_by_itself_is_found_out_before_a_token_is_spent() {
+    let up = Upstream::plain();
+    let setup = Setup::bare(&up).save("claude", &up.login("claude", -10).claude());
+    let path = login::path(&setup.state(), "claude").display().to_string();
+    let mounted = setup.write("mounted", fs::read(&path).expect("a file"));
+    let Some(script) = setup::mounting(&mounted, &path) else {
+        return eprintln!("SKIPPED: only root mounts");
+    };
+    let mux = setup.shell(&script).start();
+    mux.wait_log("next try");
+    let answer = mux.message();
+    assert_eq!(answer.status, 503);
+    let message = answer.error();
+    assert!(message.contains("mount its folder"), "{message}");
+    assert_eq!(up.refreshes().len(), 0);
+}
+
+/// Or a crash of the machine could leave neither the old login nor the new one.
+#[test]
+fn it_is_synced_before_it_is_in_place_and_its_folder_after() {
+    let up = Upstream::plain();
+    let setup = Setup::bare(&up).save("claude", &up.login("claude", -10).claude());
+    let calls = setup.folder.0.join("calls");
+    let options = format!("-o {} -e trace=fsync,/rename", calls.display());
+    let Some(script) = setup::under_strace(&options) else {
+        return eprintln!("SKIPPED: no strace");
+    };
+    let mut mux = setup.shell(&script).start();
+    mux.wait_log("claude: refreshed");
+    assert_eq!(mux.stop(), 0);
+    let calls = fs::read_to_string(calls).expect("what strace wrote");
+    let names = calls.lines().filter_map(|line| line.split_once('('));
+    let names = names.filter_map(|(front, _)| front.split(' ').next_back());
+    let names: Vec<_> = names
+        .map(|name| name.split("at").next().unwrap_or(name))
+        .collect();
+    // The first is of the draft, which is filled before a token is spent.
+    assert_eq!(names, ["fsync", "fsync", "rename", "fsync"], "{calls}");
+}
+
+/// To make the draft takes a while on a slow disk, and what another tool does meanwhile counts.
+#[test]
+fn a_token_that_was_replaced_just_before_is_not_spent() {
+    let up = Upstream::plain();
+    let setup = Setup::bare(&up).save("claude", &up.login("claude", -10).claude());
+    let options = "-o /dev/null -e trace=fsync -e inject=fsync:delay_enter=2000000";
+    let Some(script) = setup::under_strace(options) else {
+        return eprintln!("SKIPPED: no strace");
+    };
+    let path = login::path(&setup.state(), "claude");
+    let folder = path.parent().expect("a folder").to_owned();
+    let mux = setup.shell(&script).start();
+    let drafted = || fs::read_dir(&folder).expect("a folder").count() > 1;
+    let begun = Instant::now();
+    while !drafted() && begun.elapsed() < PATIENCE {}
+    let newer = up.login("claude", 3600);
+    login::save(&mux.state(), "claude", &newer.claude());
+    assert_eq!(mux.message().status, 200);
+    assert_eq!(up.requests()[0].bearer(), newer.access);
+    assert_eq!(up.refreshes().len(), 0);
+}
+
+/// A change of the file's mode, say, just when it is to be replaced: the next try is at once.
+#[test]
+fn a_touch_in_the_moment_of_saving_delays_nothing() {
+    let state = Arc::new(OnceLock::<PathBuf>::new());
+    let seen = state.clone();
+    let up = Upstream::start(move |req, conn| {
+        let file = login::read(seen.get().expect("a folder"), "claude");
+        let saved = file["claudeAiOauth"]["accessToken"] == json!(req.bearer());
+        conn.respond(200, &[], if saved { b"saved" } else { b"not saved" })
+    });
+    let setup = Setup::bare(&up).save("claude", &up.login("claude", -10).claude());
+    state.set(setup.state()).expect("set once");
+    // The second is between the last look at the file and the rename.
+    let options = "-o /dev/null -e trace=fsync -e inject=fsync:delay_enter=1000000:when=2";
+    let Some(script) = setup::under_strace(options) else {
+        return eprintln!("SKIPPED: no strace");
+    };
+    let path = login::path(&setup.state(), "claude");
+    let mux = setup.shell(&script).start();
+    up.wait(1, Request::is_refresh);
+    thread::sleep(std::time::Duration::from_millis(500));
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o400)).expect("chmod");
+    assert_eq!(mux.message().text(), "saved");
+    assert!(mux.log_lines("ERROR").is_empty(), "{}", mux.log());
 }

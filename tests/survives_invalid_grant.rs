@@ -13,14 +13,6 @@ fn refuse(up: &Upstream, status: u16, body: Value) {
     up.on_refresh(move |_, conn| conn.json(status, &body).map(|()| true));
 }
 
-fn target(provider: &str) -> &str {
-    if provider == "claude" {
-        MESSAGES
-    } else {
-        RESPONSES
-    }
-}
-
 #[test]
 fn a_login_that_is_over_is_told_once_and_asked_for_no_more() {
     let terminal = |code: &str| json!({"error": {"code": code, "message": WORDS}});
@@ -59,12 +51,12 @@ fn a_login_that_is_over_is_told_once_and_asked_for_no_more() {
             let answer = mux.ask("POST", target(provider), &[], b"{}");
             assert_eq!(answer.status, 503, "{case}");
             assert_eq!(answer.header("x-should-retry"), Some("false"), "{case}");
-            let tool = if provider == "claude" {
-                "claude"
-            } else {
-                "codex"
-            };
-            assert!(answer.error().contains(tool), "{case}: {}", answer.text());
+            let remedy = login::remedy(&mux.state(), provider);
+            assert!(
+                answer.error().contains(&remedy),
+                "{case}: {}",
+                answer.text()
+            );
         }
         let other = if provider == "claude" {
             "chatgpt"
@@ -251,4 +243,53 @@ fn the_old_token_serves_while_refreshing_fails() {
     }
     assert!(up.requests().iter().all(|r| r.bearer() == ageing.access));
     assert_eq!(up.refreshes().len(), 1);
+}
+
+/// Not only when its token has ended: it will not be renewed, so the owner hears of it now.
+#[test]
+fn a_login_that_is_over_is_down_even_while_its_token_lasts() {
+    let up = Upstream::plain();
+    refuse(&up, 400, json!({"error": "invalid_grant"}));
+    let ageing = up.login("claude", 300).claude();
+    let mux = Setup::new(&up).save("claude", &ageing).start();
+    mux.wait_log("ERROR");
+    assert_eq!(mux.message().status, 503);
+    let health = mux.client().request("GET", "/healthz", &[], b"").answer();
+    assert_eq!(health.json()["providers"]["claude"], "unavailable");
+}
+
+/// From five seconds on, and from there again after one that went well.
+#[test]
+fn the_wait_doubles_until_a_refresh_goes_well() {
+    let up = Upstream::plain();
+    refuse(&up, 500, json!({}));
+    let mux = Setup::new(&up)
+        .save("claude", &up.login("claude", -10).claude())
+        .start();
+    mux.wait_log("next try in 5s");
+    mux.wait_log("next try in 10s");
+    up.refresh_again();
+    mux.wait_log("claude: refreshed");
+    refuse(&up, 500, json!({}));
+    login::save(&mux.state(), "claude", &up.login("claude", -10).claude());
+    assert_eq!(mux.message().status, 503);
+    mux.wait_log_times("next try in 5s", 2);
+}
+
+#[test]
+fn a_retry_after_may_be_a_date() {
+    let up = Upstream::plain();
+    up.on_refresh(|_, conn| {
+        let at = std::time::SystemTime::now() + Duration::from_secs(120);
+        let at = httpdate::fmt_http_date(at);
+        conn.respond(429, &[("retry-after", &at)], b"{}")
+            .map(|()| true)
+    });
+    let ended = up.login("claude", -10).claude();
+    let answer = Setup::new(&up).save("claude", &ended).start().message();
+    let wait = answer.header("retry-after").and_then(|s| s.parse().ok());
+    assert!(
+        wait.is_some_and(|s: u64| (90..=121).contains(&s)),
+        "{wait:?}"
+    );
 }
