@@ -28,6 +28,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Display;
 use std::fs::{self, DirBuilder, File, Permissions};
@@ -58,7 +59,7 @@ use subtle::ConstantTimeEq;
 use tiny_http::Request;
 use ureq::http::header::{AUTHORIZATION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use ureq::http::{self, HeaderMap, HeaderName, HeaderValue};
-use ureq::unversioned::resolver::DefaultResolver;
+use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, Connector, DefaultConnector, NextTimeout, Transport,
 };
@@ -128,6 +129,8 @@ const UPSTREAMS_KEPT: usize = 32;
 /// How long an idle upstream connection may be used again; most servers close theirs after 20 s
 /// or more.
 const UPSTREAM_IDLE: Duration = Duration::from_secs(15);
+/// How long an upstream's addresses are used before they are looked up again.
+const LOOKUP_AGE: Duration = Duration::from_secs(30);
 /// A credential file; real ones have 1 to 10 KiB.
 const FILE_SIZE: u64 = 1 << 20;
 /// A file changed this recently may change again within one tick of its clock.
@@ -1699,8 +1702,14 @@ fn agent(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentConfig, E
     {
         let wrong = |_| Error::start(format!("{name} (not shown)"), "expected a proxy's URL");
         let found = ureq::Proxy::new(&text).map_err(wrong)?;
-        // What ureq itself would take knows NO_PROXY.
-        let direct = ureq::Proxy::try_from_env().is_some_and(|known| known.is_no_proxy(&uri));
+        let host = uri.host().unwrap_or_default();
+        // A name stands for all that is below it, with or without a dot before it.
+        let listed = |item: &str| {
+            let front = host.strip_suffix(item.trim().trim_start_matches(['*', '.']));
+            item.trim() == "*" || front.is_some_and(|f| f.is_empty() || f.ends_with('.'))
+        };
+        let direct = ["NO_PROXY", "no_proxy"].into_iter().find_map(set);
+        let direct = direct.is_some_and(|list| list.split(',').any(listed));
         proxy = Some(found).filter(|_| !direct);
     }
     let tls = ureq::tls::TlsConfig::builder().root_certs(roots.clone());
@@ -1731,13 +1740,10 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     found.ok_or_else(|| failed(&"found no certificate, expected PEM"))
 }
 
-/// The host of a URL, where it is an address and needs no resolver.
-fn address_of(uri: &http::Uri) -> Option<IpAddr> {
-    uri.host()?.trim_matches(['[', ']']).parse().ok()
-}
-
 fn is_loopback(uri: &http::Uri) -> bool {
-    uri.host() == Some("localhost") || address_of(uri).is_some_and(|ip| ip.is_loopback())
+    let host = uri.host().unwrap_or_default();
+    let address: Result<IpAddr, _> = host.trim_matches(['[', ']']).parse();
+    host == "localhost" || address.is_ok_and(|ip| ip.is_loopback())
 }
 
 /// Head read, body not.
@@ -1762,23 +1768,20 @@ impl Upstream {
         let calls = agent(config, roots, &token_url)?
             .timeout_global(Some(TOKEN_TIME))
             .max_idle_connections(0);
-        // An address needs no resolver, whose time limit costs a thread a request.
-        let named = base_url.parse().is_ok_and(|uri| address_of(&uri).is_none());
         let requests = agent(config, roots, &base_url)?
-            .timeout_resolve(time.filter(|_| named))
+            .timeout_resolve(time)
             .timeout_connect(time)
             .timeout_per_write(time)
             .timeout_recv_response(time)
             .timeout_recv_body(Some(FOREVER)) // so that a wire can tell that it is in a body
             .max_idle_connections(UPSTREAMS_KEPT)
             .max_idle_connections_per_host(UPSTREAMS_KEPT);
-        let connector = DefaultConnector::new().chain(IdleLimit((), config.stream_idle_timeout));
-        let resolver = DefaultResolver::default();
+        let connector = DefaultConnector::new().chain(IdleLimit(()));
         Ok(Upstream {
             provider,
             base_url,
             headers: settings.headers.clone(),
-            agent: ureq::Agent::with_parts(requests.build(), connector, resolver),
+            agent: ureq::Agent::with_parts(requests.build(), connector, Lookup::default()),
             credential: Arc::new(Credential {
                 provider,
                 path: provider.path(&config.state_dir),
@@ -1855,10 +1858,42 @@ impl Upstream {
     }
 }
 
-/// A wire of ureq's that keeps to `stream_idle_timeout`, and what makes one of each. It is for
-/// bodies: ureq's own limit for a read would cut a head, a handshake and a proxy's tunnel as well.
+/// Looks a name up for ureq, which asks before each request, even for a kept connection. What is
+/// known is good for `LOOKUP_AGE`, and for longer while no name server answers.
+#[derive(Debug, Default)]
+struct Lookup(Mutex<Option<(String, Instant, ResolvedSocketAddrs)>>);
+
+impl Resolver for Lookup {
+    fn resolve(
+        &self,
+        uri: &http::Uri,
+        config: &ureq::config::Config,
+        time: NextTimeout,
+    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        let name = uri.authority().map(ToString::to_string).unwrap_or_default();
+        let known = lock(&self.0).clone().filter(|(of, ..)| *of == name);
+        if let Some((_, until, addresses)) = &known
+            && !left_until(*until).is_zero()
+        {
+            return Ok(addresses.clone());
+        }
+        let found = DefaultResolver::default().resolve(uri, config, time);
+        let found = found.or_else(|e| known.map(|(.., old)| old).ok_or(e))?;
+        *lock(&self.0) = Some((name, Instant::now() + LOOKUP_AGE, found.clone()));
+        Ok(found)
+    }
+}
+
+thread_local! {
+    /// Until when this worker waits for more of an answer's body.
+    static SILENCE_END: Cell<Option<Instant>> = const { Cell::new(None) };
+}
+
+/// A wire of ureq's that keeps to `SILENCE_END`, and what makes one of each. It is for bodies:
+/// ureq's own limit for a read would cut a head, a handshake and a proxy's tunnel as well, and
+/// begins anew with each byte of what is no part of a body.
 #[derive(Debug)]
-struct IdleLimit<T>(T, Duration);
+struct IdleLimit<T>(T);
 
 type Made<T> = Result<Option<IdleLimit<T>>, ureq::Error>;
 
@@ -1866,14 +1901,14 @@ impl<T: Transport> Connector<T> for IdleLimit<()> {
     type Out = IdleLimit<T>;
 
     fn connect(&self, _: &ConnectionDetails, wire: Option<T>) -> Made<T> {
-        Ok(wire.map(|wire| IdleLimit(wire, self.1)))
+        Ok(wire.map(IdleLimit))
     }
 }
 
 impl<T: Transport> Transport for IdleLimit<T> {
     fn await_input(&mut self, mut time: NextTimeout) -> Result<bool, ureq::Error> {
         if time.reason == ureq::Timeout::RecvBody {
-            time.per_read = Some(self.1.into());
+            time.per_read = SILENCE_END.get().map(|end| left_until(end).into());
         }
         self.0.await_input(time)
     }
@@ -2318,7 +2353,7 @@ fn chunk_line(source: &mut impl BufRead) -> io::Result<String> {
 }
 
 /// Passes the answer down as it comes: each piece is written at once.
-fn relay(answer: Answer, exchange: &mut Exchange) -> Outcome {
+fn relay(answer: Answer, exchange: &mut Exchange, silence: Duration) -> Outcome {
     let gone = |e: io::Error| Fault::Broken(format!("the client went away, or took nothing: {e}"));
     let (parts, body) = answer.into_parts();
     let peer = exchange.stream.peer;
@@ -2342,6 +2377,7 @@ fn relay(answer: Answer, exchange: &mut Exchange) -> Outcome {
     let mut reader = body.into_reader();
     loop {
         let room = piece.len() - 2;
+        SILENCE_END.set(Some(Instant::now() + silence));
         let count = reader.read(&mut piece[SIZE..room]).map_err(broken_off)?;
         let end = SIZE + count;
         if chunked {

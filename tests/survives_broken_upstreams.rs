@@ -391,3 +391,43 @@ fn says_behind(
     });
     addr
 }
+
+#[test]
+fn one_that_does_not_take_the_body_is_504() {
+    let end = Steps::default();
+    let held = end.clone();
+    let up = Upstream::at_head(move |_, conn| {
+        held.wait(1);
+        conn.cut()
+    });
+    let mux = Setup::new(&up).set("request_timeout", "1s").start();
+    let mut client = mux.client();
+    let length = ("content-length", "60000000");
+    client.start("POST", MESSAGES, &[BEARER, length]);
+    let mut socket = client.wire.socket().try_clone().expect("clone a socket");
+    thread::spawn(move || socket.write_all(&vec![b'x'; 60_000_000]));
+    assert_eq!(client.head().word(1), "504");
+    end.advance();
+}
+
+/// Names are looked up once in a while, not for each request; and a name server may be gone for a moment.
+#[test]
+fn a_name_that_is_known_needs_no_name_server() {
+    let authority = Authority::new();
+    let up = Upstream::tls(&authority, |_, conn| conn.respond(200, &[], b"fine"));
+    let setup = Setup::new(&up);
+    let hosts = setup.write("hosts", "127.0.0.1 upstream.test\n");
+    let Some(script) = setup::mounting(&hosts, "/etc/hosts") else {
+        return eprintln!("SKIPPED: only root has an /etc/hosts of its own");
+    };
+    let roots = setup.write("roots.pem", &authority.cert_pem);
+    let url = format!("https://upstream.test:{}", up.addr.port());
+    let setup = setup.provider(0, "base_url", url);
+    let mux = setup.env("SSL_CERT_FILE", roots).shell(&script).start();
+    assert_eq!(mux.message().text(), "fine");
+    std::fs::write(&hosts, "").expect("forget the name");
+    for _ in 0..3 {
+        assert_eq!(mux.message().text(), "fine");
+        up.close_connections();
+    }
+}

@@ -198,12 +198,26 @@ fn https_proxy_wins_over_all_proxy() {
 
 #[test]
 fn no_proxy_is_obeyed() {
-    let (_far, _near, proxy, setup) = far_away("upstream.test");
+    for list in [
+        "other.test,upstream.test",
+        "other.test, upstream.test",
+        "*",
+        "test",
+        ".test",
+        "*.test",
+    ] {
+        let (_far, _near, proxy, setup) = far_away("upstream.test");
+        let setup = setup.env("HTTPS_PROXY", format!("http://{}", proxy.addr));
+        let mux = setup.env("NO_PROXY", list).start();
+        // Without its proxy the name means nothing.
+        assert_eq!(mux.message().status, 503, "{list}");
+        assert_eq!(proxy.asked().len(), 0, "{list}");
+    }
+    let (far, _near, proxy, setup) = far_away("upstream.test");
     let setup = setup.env("HTTPS_PROXY", format!("http://{}", proxy.addr));
-    let mux = setup.env("NO_PROXY", "other.test,upstream.test").start();
-    // Without its proxy the name means nothing.
-    assert_eq!(mux.message().status, 503);
-    assert_eq!(proxy.asked().len(), 0);
+    let others = "upstream,stream.test,.upstream.test.other,,127.0.0.1";
+    let mux = setup.env("NO_PROXY", others).start();
+    assert_proxied(&far, &proxy, &mux, "CONNECT upstream.test:443");
 }
 
 #[test]
