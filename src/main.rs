@@ -858,14 +858,14 @@ struct Report {
 
 impl Exchange {
     fn new(stream: Stream, head: Head) -> Exchange {
+        // With the first byte of its head.
+        let started = stream.socket.deadline - HEAD_TIME;
         Exchange {
             stream,
             head,
             held: Cursor::default(),
             fault: None,
             started,
-        // With the first byte of its head.
-        let started = stream.socket.deadline - HEAD_TIME;
             report: Report::default(),
         }
     }
@@ -946,7 +946,7 @@ impl Proxy {
             answer = upstream.send(&url, &newer, exchange)?;
         }
         exchange.held = Cursor::default();
-        relay(answer, exchange)
+        relay(answer, exchange, self.config.stream_idle_timeout)
     }
 
     /// The user's name. All tokens given must be one and the same, and a user's; the comparison
@@ -1293,19 +1293,19 @@ impl Credential {
         let again = |_| Draft::new(&self.path).and_then(write);
         let saved = draft.and_then(write).or_else(again);
         let mut state = self.reload(true);
+        if first {
+            info!("{name}: refreshed");
+        }
         if state.refresh.unsaved.is_none() {
             return; // a login of the file's own, or a log-out, has won
         }
         if first {
-            info!("{name}: refreshed");
-        }
-        if first {
             state.refresh.succeeded = Some(SystemTime::now());
+        } else if saved.is_ok() {
+            info!("{name}: the new login is on disk");
         }
         match saved {
             Ok(token) => {
-        } else if saved.is_ok() {
-            info!("{name}: the new login is on disk");
                 state.token = token;
                 (state.refresh.unsaved, state.refresh.failure) = (None, None);
                 state.refresh.backoff = Duration::ZERO;
@@ -2518,9 +2518,10 @@ impl Config {
             Error::config(line.replace(char::is_control, " "))
         };
         let text = fs::read_to_string(path).map_err(|e| wrong(&e))?;
+        let text = text.trim_start_matches('\u{feff}');
         let file = match path.extension().is_some_and(|e| e == "json") {
-            true => serde_json::from_str(&text).map_err(|e| wrong(&unquoted(e)))?,
-            false => serde_yaml::from_str(&text).map_err(|e| wrong(&unquoted(e)))?,
+            true => serde_json::from_str(text).map_err(|e| wrong(&unquoted(e)))?,
+            false => serde_yaml::from_str(text).map_err(|e| wrong(&unquoted(e)))?,
         };
         Config::read(file).map_err(|e| wrong(&e))
     }
@@ -2528,7 +2529,8 @@ impl Config {
     /// Where no provider is configured, takes those that have a credential file.
     fn find_providers(mut self) -> Result<Config, Error> {
         if self.providers.is_empty() {
-            let there = |p: &&Provider| p.path(&self.state_dir).exists();
+            // One that cannot be looked at is there: it answers 503 and says why.
+            let there = |p: &&Provider| !matches!(p.path(&self.state_dir).try_exists(), Ok(false));
             let found = PROVIDERS.iter().filter(there);
             let found = found.map(|p| provider(p.name.into()));
             self.providers = found.collect::<Result<_, _>>().map_err(Error::config)?;
@@ -2614,10 +2616,10 @@ fn headers(found: BTreeMap<String, Yaml>) -> Result<HeaderMap, String> {
         let key = HeaderName::try_from(&name).ok();
         let key = key.filter(|key| !is_reserved(key.as_str()) && !headers.contains_key(key));
         let value = HeaderValue::from_str(value.as_str().unwrap_or("\n")).ok();
-        let value = value.filter(|value| name.len() + value.len() < LINE_SIZE);
+        let value = value.filter(|v| v.to_str().is_ok() && name.len() + v.len() < LINE_SIZE);
         let Some((key, value)) = key.zip(value) else {
             let name = name.split([':', '=']).next().unwrap_or_default();
-            let right = "a header that may be set, once, with a value in ASCII, below 8 KiB";
+            let right = "a header that may be set, once, with a string of ASCII, below 8 KiB";
             return Err(format!("providers: headers: {name:?} is not {right}"));
         };
         headers.insert(key, value);
@@ -2692,7 +2694,9 @@ type Kind<T> = (&'static str, fn(&Yaml) -> Option<T>);
 const ADDRESSES: Kind<Vec<SocketAddr>> = ("\":PORT\" or \"HOST:PORT\"", |value| {
     let text = value.as_str()?;
     let Some(port) = text.strip_prefix(':') else {
-        return Some(text.to_socket_addrs().ok()?.collect());
+        let found = text.to_socket_addrs().ok()?;
+        let (v4, v6): (Vec<_>, Vec<_>) = found.partition(SocketAddr::is_ipv4);
+        return Some([v4, v6].concat());
     };
     let port: u16 = port.parse().ok()?;
     let (v6, v4) = (Ipv6Addr::UNSPECIFIED, Ipv4Addr::UNSPECIFIED);
