@@ -239,7 +239,7 @@ fn a_token_that_was_replaced_just_before_is_not_spent() {
     };
     let path = login::path(&setup.state(), "claude");
     let folder = path.parent().expect("a folder").to_owned();
-    let mux = setup.shell(&script).start();
+    let mut mux = setup.shell(&script).start();
     let drafted = || fs::read_dir(&folder).expect("a folder").count() > 1;
     let begun = Instant::now();
     while !drafted() && begun.elapsed() < PATIENCE {}
@@ -247,6 +247,7 @@ fn a_token_that_was_replaced_just_before_is_not_spent() {
     login::save(&mux.state(), "claude", &newer.claude());
     assert_eq!(mux.message().status, 200);
     assert_eq!(up.requests()[0].bearer(), newer.access);
+    assert_eq!(mux.stop(), 0); // which waits for the refresh that has begun
     assert_eq!(up.refreshes().len(), 0);
 }
 
