@@ -33,6 +33,7 @@
           };
           cargoLock.lockFile = ./Cargo.lock;
           doCheck = true;
+          checkType = "debug"; # in release each of the tests would be linked with all optimisations
           # The tests speak to the binary over the loopback interface.
           __darwinAllowLocalNetworking = true;
           meta = {

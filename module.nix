@@ -247,7 +247,7 @@ in
           refresh_check_interval = unset duration "How often the logins are looked at; at least a second.";
           workers = unset (types.ints.between 1 65535) "Requests served at once.";
           proxy = unset (narrow types.str ''URL such as "http://HOST:PORT" or "socks5://HOST:PORT"'' (
-            matching "(https?|socks(4a?|5)?)://.+"
+            matching "(https?|socks(4a?|5h?)?)://.+"
           )) "Proxy for everything sent upstream.";
           tls = mkOption {
             type = types.submodule {

@@ -387,7 +387,7 @@ let
     stream_idle_timeout = "1.5h";
     refresh_check_interval = 1;
     workers = 4;
-    proxy = "socks5://me:password@proxy.example.org:1080";
+    proxy = "socks5h://me:password@proxy.example.org:1080";
     tls = {
       enabled = false;
       cert_path = "/nix/store/x";
