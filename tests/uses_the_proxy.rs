@@ -122,6 +122,40 @@ fn assert_proxied(far: &Upstream, proxy: &Proxy, mux: &Mux, asked: &str) {
     assert_eq!(request.head.get("proxy-authorization"), None);
 }
 
+/// All names are the proxy's, which leads to a stand-in.
+#[test]
+fn by_default_it_goes_to_the_vendors() {
+    let authority = Authority::new();
+    let far = Upstream::tls(&authority, |_, conn| conn.respond(200, &[], b"far"));
+    let proxy = Proxy::start(far.addr);
+    let setup = Setup::bare(&far).set("providers", json!(["claude", "chatgpt"]));
+    let setup = setup.save("claude", &far.login("claude", -10).claude());
+    let setup = setup.save("chatgpt", &far.login("chatgpt", -10).codex());
+    let roots = setup.write("roots.pem", authority.cert_pem);
+    let setup = setup.env("SSL_CERT_FILE", roots);
+    let mux = setup.set("proxy", format!("http://{}", proxy.addr)).start();
+    assert_eq!(mux.message().text(), "far");
+    assert_eq!(mux.ask("POST", RESPONSES, &[], b"{}").text(), "far");
+    let asked = |requests: Vec<Request>| {
+        let url = |r: &Request| format!("{}{}", r.head.get("host").unwrap_or(""), r.head.word(1));
+        let mut urls: Vec<_> = requests.iter().map(url).collect();
+        urls.sort();
+        urls
+    };
+    let answers = [
+        "api.anthropic.com/v1/messages",
+        "chatgpt.com/backend-api/codex/responses",
+    ];
+    let refreshes = [
+        "auth.openai.com/oauth/token",
+        "platform.claude.com/v1/oauth/token",
+    ];
+    assert_eq!(asked(far.requests()), answers);
+    assert_eq!(asked(far.refreshes()), refreshes);
+    let connects = |target: &String| target.starts_with("CONNECT ") && target.ends_with(":443");
+    assert!(proxy.asked().iter().all(connects), "{:?}", proxy.asked());
+}
+
 #[test]
 fn an_http_proxy() {
     let (far, _near, proxy, setup) = far_away("upstream.test");

@@ -17,7 +17,7 @@ pub struct Authority {
 }
 
 impl Authority {
-    /// A new self-signed certificate for localhost, and the key to it.
+    /// A new self-signed certificate for localhost, and the key to it; for the vendors' names, too.
     pub fn new() -> Authority {
         Authority::with(rcgen::KeyPair::generate().expect("a key pair"))
     }
@@ -29,6 +29,10 @@ impl Authority {
             "upstream.test",
             "slow.test",
             "192.0.2.1",
+            "api.anthropic.com",
+            "platform.claude.com",
+            "chatgpt.com",
+            "auth.openai.com",
         ]
         .map(str::to_owned);
         let params = rcgen::CertificateParams::new(names).expect("parameters");
