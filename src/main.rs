@@ -1038,7 +1038,7 @@ struct Credential {
 #[derive(Default)]
 struct State {
     token: Option<Token>,
-    /// The file's, when it was last read; and whether it needs no other look while it has that.
+    /// Of the file when it last held a login; and whether that is sure while it has this one.
     seen: Option<Stamp>,
     settled: bool,
     refresh: Refresh,
@@ -1126,7 +1126,7 @@ impl Credential {
         let mut state = self.reload(false);
         if let Some(old) = state.due(TOKEN_MARGIN, None).cloned() {
             drop(state);
-            self.turn.clear_poison();
+            self.turn.clear_poison(); // as `lock` takes it
             let turn = self.turn.try_lock().ok();
             if turn.is_none() && old.lasts(Duration::ZERO) {
                 return Ok(old);
@@ -1391,7 +1391,8 @@ impl Credential {
     }
 
     /// What the file holds, if it is ours to use, else why not and what to do: `InvalidData` if
-    /// it is not whole, or being written; `NotFound` or `InvalidInput` if that will last.
+    /// it is not whole, or being written; `NotFound`, `InvalidInput` or `PermissionDenied` if that
+    /// will last.
     fn read(&self) -> io::Result<(Stamp, Value)> {
         let user = rustix::process::geteuid().as_raw();
         let folder = self.folder();

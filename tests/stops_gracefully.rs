@@ -3,6 +3,7 @@
 mod common;
 use common::*;
 use rustix::net::sockopt;
+use std::fs;
 use std::net::TcpStream;
 use std::thread;
 use std::time::Duration;
@@ -194,7 +195,14 @@ fn no_second_refresh_begins_behind_the_one_that_is_waited_for() {
     let mut mux = setup.start();
     up.wait(1, Request::is_refresh);
     mux.signal(Signal::TERM);
-    while TcpStream::connect(mux.addr).is_ok() {} // until it has heard
+    let threads = format!("/proc/{}/task", mux.pid());
+    wait_until("it waits for the refresh", || {
+        let threads = fs::read_dir(&threads).expect("its threads");
+        threads.flatten().any(|thread| {
+            let name = fs::read_to_string(thread.path().join("comm"));
+            name.is_ok_and(|name| name == "finish\n")
+        })
+    });
     let winner = up.login("claude", -10);
     login::save(&mux.state(), "claude", &winner.claude());
     go.advance();
