@@ -792,18 +792,26 @@ impl Proxy {
     /// Serves the exchange that has been parked longest.
     fn serve(&self, ticket: Request) {
         let exchange = lock(&self.parked).pop_front();
-        if let Some(mut exchange) = exchange {
-            exchange.stream.socket.blocking = true;
-            let answer = || {
-                let outcome = fence(&mut exchange, |exchange| self.handle(exchange));
-                exchange.conclude(outcome)
-            };
-            let verdict = catch_unwind(AssertUnwindSafe(answer));
-            let _ = self.verdict.send(verdict.unwrap_or(None));
+        if let Some(exchange) = exchange {
+            let verdict = fence(exchange, |exchange| self.handle(exchange));
+            let _ = self.verdict.send(verdict);
         }
         drop(ticket.into_writer());
         let _ = (&self.waker).write(&[0]);
     }
+}
+
+/// Brings an exchange to its verdict, whatever happens: a panic is 500 if nothing was sent yet, else
+/// a broken answer.
+fn fence(mut exchange: Exchange, handle: impl FnOnce(&mut Exchange) -> Outcome) -> Verdict {
+    exchange.stream.socket.blocking = true;
+    let outcome = match catch_unwind(AssertUnwindSafe(|| handle(&mut exchange))) {
+        Ok(outcome) => outcome,
+        Err(_) if exchange.report.status == 0 => Err(Reply::internal().into()),
+        Err(_) => Err(Fault::Broken("a fault of ai-mux (panic)".into())),
+    };
+    let concluded = catch_unwind(AssertUnwindSafe(|| exchange.conclude(outcome)));
+    concluded.unwrap_or(None)
 }
 
 /// Whether a request has its whole answer from upstream.
@@ -820,15 +828,6 @@ enum Fault {
 impl From<Reply> for Fault {
     fn from(reply: Reply) -> Fault {
         Fault::Reply(reply)
-    }
-}
-
-/// Turns a panic into a fault: 500 if nothing was sent yet, else a broken answer.
-fn fence(exchange: &mut Exchange, handle: impl FnOnce(&mut Exchange) -> Outcome) -> Outcome {
-    match catch_unwind(AssertUnwindSafe(|| handle(exchange))) {
-        Ok(outcome) => outcome,
-        Err(_) if exchange.report.status == 0 => Err(Reply::internal().into()),
-        Err(_) => Err(Fault::Broken("a fault of ai-mux (panic)".into())),
     }
 }
 

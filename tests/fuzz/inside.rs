@@ -79,16 +79,14 @@ pub fn body(length: Length, source: &mut impl BufRead, room: usize) -> io::Resul
 /// connection is broken off.
 pub fn panic_after(sent: &'static [u8]) -> (Vec<u8>, bool) {
     let (mut client, tcp) = pair();
-    let mut exchange = Exchange::new(stream(tcp), Head::default());
-    exchange.stream.socket.blocking = true;
-    let outcome = fence(&mut exchange, |exchange| {
+    let exchange = Exchange::new(stream(tcp), Head::default());
+    let verdict = fence(exchange, |exchange| {
         if !sent.is_empty() {
             exchange.report.status = 200;
             exchange.stream.write_piece(sent).expect("send");
         }
         panic!("a handler's fault")
     });
-    let verdict = exchange.conclude(outcome);
     let broken = verdict.is_none();
     drop(verdict);
     let mut heard = Vec::new();
