@@ -1861,7 +1861,7 @@ impl Upstream {
 /// Looks a name up for ureq, which asks before each request, even for a kept connection. What is
 /// known is good for `LOOKUP_AGE`, and for longer while no name server answers.
 #[derive(Debug, Default)]
-struct Lookup(Mutex<Option<(String, Instant, ResolvedSocketAddrs)>>);
+struct Lookup(Mutex<Option<(Option<String>, Instant, ResolvedSocketAddrs)>>);
 
 impl Resolver for Lookup {
     fn resolve(
@@ -1870,7 +1870,8 @@ impl Resolver for Lookup {
         config: &ureq::config::Config,
         time: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let name = uri.authority().map(ToString::to_string).unwrap_or_default();
+        let name = uri.scheme().zip(uri.authority());
+        let name = name.and_then(|(s, a)| DefaultResolver::host_and_port(s, a));
         let known = lock(&self.0).clone().filter(|(of, ..)| *of == name);
         if let Some((_, until, addresses)) = &known
             && !left_until(*until).is_zero()
