@@ -58,18 +58,7 @@ fn at_the_cap_the_longest_idle_one_makes_room() {
 
 #[test]
 fn a_busy_connection_never_makes_room() {
-    let go = Steps::default();
-    let held = go.clone();
-    let up = Upstream::start(move |req, conn| {
-        if req.head.get("x-held").is_none() {
-            return conn.respond(200, &[], b"fine");
-        }
-        conn.stream(&[])?;
-        conn.chunk("one")?;
-        held.wait(1);
-        conn.chunk("two")?;
-        conn.finish()
-    });
+    let (up, go) = two_events();
     let setup = Setup::new(&up).set("workers", 4);
     let mux = setup.shell("ulimit -n 128; exec \"$@\"").start();
     let mut busy: Vec<_> = (0..3).map(|_| mux.client()).collect();

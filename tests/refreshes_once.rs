@@ -5,17 +5,6 @@ use common::*;
 use std::thread;
 use std::time::Duration;
 
-/// Refreshes wait until `Steps` says so.
-fn held(up: &Upstream) -> Steps {
-    let go = Steps::default();
-    let held = go.clone();
-    up.on_refresh(move |_, _| {
-        held.wait(1);
-        Ok(false)
-    });
-    go
-}
-
 fn new_access(mux: &Mux) -> String {
     let file = login::read(&mux.state(), "claude");
     file["claudeAiOauth"]["accessToken"]
@@ -38,7 +27,7 @@ fn fifty_requests_on_an_expired_token_cause_one_refresh() {
     for (provider, target) in [("claude", MESSAGES), ("chatgpt", RESPONSES)] {
         let up = Upstream::plain();
         let mux = expired_after_start(&up, provider);
-        let go = held(&up);
+        let go = up.hold_refreshes();
         let mut clients: Vec<_> = (0..50).map(|_| mux.client()).collect();
         for client in &mut clients {
             client.request("POST", target, &[BEARER], b"{}");
@@ -113,7 +102,7 @@ fn a_good_token_is_left_alone() {
 #[test]
 fn an_ageing_token_serves_while_it_is_refreshed() {
     let up = Upstream::plain();
-    let go = held(&up);
+    let go = up.hold_refreshes();
     let login = up.login("claude", 300);
     let mux = Setup::new(&up).save("claude", &login.claude()).start();
     up.wait(1, Request::is_refresh);
@@ -170,7 +159,7 @@ fn in_the_last_minute_one_refreshes_and_the_others_use_the_old_token() {
     let up = Upstream::plain();
     let mux = Mux::start(&up);
     mux.wait_log("claude: login read"); // as above
-    let go = held(&up);
+    let go = up.hold_refreshes();
     let login = up.login("claude", 45);
     login::save(&mux.state(), "claude", &login.claude());
     let mut first = mux.client();
@@ -190,7 +179,7 @@ fn in_the_last_minute_one_refreshes_and_the_others_use_the_old_token() {
 fn a_client_that_hangs_up_does_not_stop_a_refresh() {
     let up = Upstream::plain();
     let mux = expired_after_start(&up, "claude");
-    let go = held(&up);
+    let go = up.hold_refreshes();
     let mut client = mux.client();
     client.request("POST", MESSAGES, &[BEARER], b"{}");
     up.wait(1, Request::is_refresh);
@@ -206,7 +195,7 @@ fn a_client_that_hangs_up_does_not_stop_a_refresh() {
 fn providers_do_not_wait_for_each_other() {
     let up = Upstream::plain();
     let mux = expired_after_start(&up, "claude");
-    let go = held(&up);
+    let go = up.hold_refreshes();
     let mut waiting = mux.client();
     waiting.request("POST", MESSAGES, &[BEARER], b"{}");
     up.wait(1, Request::is_refresh);

@@ -14,8 +14,8 @@ fn allow(folder: &Path, mode: u32) {
     fs::set_permissions(folder, fs::Permissions::from_mode(mode)).expect("chmod");
 }
 
-#[test]
-fn the_file_holds_every_token_that_the_upstream_sees() {
+/// An upstream that answers whether the file, in the folder that is set, holds the token it is asked with.
+fn tells_what_is_saved() -> (Upstream, Arc<OnceLock<PathBuf>>) {
     let state = Arc::new(OnceLock::<PathBuf>::new());
     let seen = state.clone();
     let up = Upstream::start(move |req, conn| {
@@ -23,6 +23,12 @@ fn the_file_holds_every_token_that_the_upstream_sees() {
         let saved = file["claudeAiOauth"]["accessToken"] == json!(req.bearer());
         conn.respond(200, &[], if saved { b"saved" } else { b"not saved" })
     });
+    (up, state)
+}
+
+#[test]
+fn the_file_holds_every_token_that_the_upstream_sees() {
+    let (up, state) = tells_what_is_saved();
     let setup = Setup::new(&up);
     state.set(setup.state()).expect("set once");
     let mux = setup.start();
@@ -254,13 +260,7 @@ fn a_token_that_was_replaced_just_before_is_not_spent() {
 /// A change of the file's mode, say, just when it is to be replaced: the next try is at once.
 #[test]
 fn a_touch_in_the_moment_of_saving_delays_nothing() {
-    let state = Arc::new(OnceLock::<PathBuf>::new());
-    let seen = state.clone();
-    let up = Upstream::start(move |req, conn| {
-        let file = login::read(seen.get().expect("a folder"), "claude");
-        let saved = file["claudeAiOauth"]["accessToken"] == json!(req.bearer());
-        conn.respond(200, &[], if saved { b"saved" } else { b"not saved" })
-    });
+    let (up, state) = tells_what_is_saved();
     let setup = Setup::bare(&up).save("claude", &up.login("claude", -10).claude());
     state.set(setup.state()).expect("set once");
     // The second is between the last look at the file and the rename.

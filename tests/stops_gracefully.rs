@@ -68,12 +68,7 @@ fn a_second_signal_ends_it_at_once() {
 #[test]
 fn a_refresh_is_waited_for_until_it_is_saved() {
     let up = Upstream::plain();
-    let go = Steps::default();
-    let held = go.clone();
-    up.on_refresh(move |_, _| {
-        held.wait(1);
-        Ok(false)
-    });
+    let go = up.hold_refreshes();
     let old = up.login("claude", 300);
     let mut mux = Setup::new(&up).save("claude", &old.claude()).start();
     up.wait(1, Request::is_refresh);
@@ -185,12 +180,7 @@ fn no_refresh_begins_after_the_signal() {
 #[test]
 fn no_second_refresh_begins_behind_the_one_that_is_waited_for() {
     let up = Upstream::plain();
-    let go = Steps::default();
-    let held = go.clone();
-    up.on_refresh(move |_, _| {
-        held.wait(1);
-        Ok(false)
-    });
+    let go = up.hold_refreshes();
     let setup = Setup::new(&up).save("claude", &up.login("claude", -10).claude());
     let mut mux = setup.start();
     up.wait(1, Request::is_refresh);

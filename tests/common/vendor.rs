@@ -2,7 +2,7 @@
 
 use super::lock;
 use super::login::{Login, chatgpt_token, noise, now};
-use super::upstream::{Conn, Request, Upstream};
+use super::upstream::{Conn, Request, Steps, Upstream};
 use serde_json::{Value, json};
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -75,6 +75,17 @@ impl Upstream {
         script: impl Fn(&Request, &mut Conn) -> io::Result<bool> + Send + Sync + 'static,
     ) {
         *lock(&self.shared.vendors.script) = Some(Arc::new(script));
+    }
+
+    /// Refreshes wait for the step.
+    pub fn hold_refreshes(&self) -> Steps {
+        let go = Steps::default();
+        let held = go.clone();
+        self.on_refresh(move |_, _| {
+            held.wait(1);
+            Ok(false)
+        });
+        go
     }
 
     /// Refreshes go well again.
