@@ -410,7 +410,7 @@ fn one_that_does_not_take_the_body_is_504() {
     end.advance();
 }
 
-/// Names are looked up once in a while, not for each request; and a name server may be gone for a moment.
+/// Names are looked up once in a while, not for each request: a name server may be slow, or wrong for a moment.
 #[test]
 fn a_name_that_is_known_needs_no_name_server() {
     let authority = Authority::new();
@@ -425,7 +425,7 @@ fn a_name_that_is_known_needs_no_name_server() {
     let setup = setup.provider(0, "base_url", url);
     let mux = setup.env("SSL_CERT_FILE", roots).shell(&script).start();
     assert_eq!(mux.message().text(), "fine");
-    std::fs::write(&hosts, "").expect("forget the name");
+    std::fs::write(&hosts, "127.0.0.2 upstream.test\n").expect("move the name");
     for _ in 0..3 {
         assert_eq!(mux.message().text(), "fine");
         up.close_connections();
