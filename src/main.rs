@@ -198,8 +198,7 @@ fn run() -> Result<(), Error> {
     let (finishing, finished) = mpsc::channel::<()>();
     for upstream in &gate.proxy.upstreams {
         let (credential, finishing) = (upstream.credential.clone(), finishing.clone());
-        let finish = move || drop((credential.finish(), finishing));
-        spawn("finish", finish).map_err(|e| Error::start("stop", e))?;
+        let _ = spawn("finish", move || drop((credential.finish(), finishing)));
     }
     drop(finishing);
     let _ = finished.recv_timeout(TOKEN_TIME);
@@ -1338,9 +1337,9 @@ impl Credential {
         }
         state.settled = false;
         let found = self.read().and_then(|(stamp, json)| {
-            state.settled = stamp.2.elapsed().is_ok_and(|age| age > SETTLE_TIME);
             let token = self.provider.token_in(&json);
             let token = token.ok_or_else(|| self.lack(ErrorKind::NotFound, "holds no login"))?;
+            state.settled = stamp.2.elapsed().is_ok_and(|age| age > SETTLE_TIME);
             // A change of the file is worth another try, but not one of its mode.
             let content = |stamp: Stamp| (stamp.0, stamp.2);
             if state.seen.replace(stamp).map(content) != Some(content(stamp))
@@ -1358,12 +1357,13 @@ impl Credential {
             }
             _ => false,
         };
-        match (found, &state.token) {
-            (Ok(token), _) => self.adopt(&mut state, Some(token), None),
+        let kept = state.token.is_some() || state.refresh.unsaved.is_some();
+        match found {
+            Ok(token) => self.adopt(&mut state, Some(token), None),
             // A file half written is no log-out: ours stays, which may be the only copy.
-            (Err(e), Some(_)) if e.kind() == ErrorKind::InvalidData => {}
-            (Err(e), Some(_)) if !lasting(e.kind()) => warn!("{}: {e}", self.provider.name),
-            (Err(e), _) => self.adopt(&mut state, None, Some((e.to_string(), None))),
+            Err(e) if kept && e.kind() == ErrorKind::InvalidData => {}
+            Err(e) if kept && !lasting(e.kind()) => warn!("{}: {e}", self.provider.name),
+            Err(e) => self.adopt(&mut state, None, Some((e.to_string(), None))),
         }
         state
     }
@@ -1372,12 +1372,12 @@ impl Credential {
     /// ours on its way to the disk.
     fn adopt(&self, state: &mut State, token: Option<Token>, failure: Option<Outage>) {
         let name = self.provider.name;
-        if let Some((old, new)) = &state.refresh.unsaved
-            && (old.same_refresh_token(&token) || new.same_refresh_token(&token))
-        {
-            return;
-        }
-        if token == state.token && (token.is_some() || failure == state.refresh.failure) {
+        let known = token == state.token && (token.is_some() || failure == state.refresh.failure);
+        let known = match &state.refresh.unsaved {
+            Some((old, new)) => old.same_refresh_token(&token) || new.same_refresh_token(&token),
+            None => known,
+        };
+        if known {
             return;
         }
         match &failure {
@@ -1702,13 +1702,14 @@ fn agent(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentConfig, E
     {
         let wrong = |_| Error::start(format!("{name} (not shown)"), "expected a proxy's URL");
         let found = ureq::Proxy::new(&text).map_err(wrong)?;
-        let host = uri.host().unwrap_or_default();
+        let host = uri.host().unwrap_or_default().to_ascii_lowercase();
         // A name stands for all that is below it, with or without a dot before it.
         let listed = |item: &str| {
             let front = host.strip_suffix(item.trim().trim_start_matches(['*', '.']));
             item.trim() == "*" || front.is_some_and(|f| f.is_empty() || f.ends_with('.'))
         };
         let direct = ["NO_PROXY", "no_proxy"].into_iter().find_map(set);
+        let direct = direct.map(|list| list.to_ascii_lowercase());
         let direct = direct.is_some_and(|list| list.split(',').any(listed));
         proxy = Some(found).filter(|_| !direct);
     }
@@ -1804,9 +1805,12 @@ impl Upstream {
         for (name, value) in &head.fields {
             let dropped =
                 self.is_dropped(name.as_str()) || lists(&head.fields, "connection", name.as_str());
-            if !dropped || is_framing(name) {
+            if !dropped || name == CONTENT_LENGTH {
                 headers.append(name, value.clone());
             }
+        }
+        if head.fields.contains_key(TRANSFER_ENCODING) {
+            headers.insert(TRANSFER_ENCODING, header_value("chunked"));
         }
         // Without it ureq would send these chunked (RFC 9110 section 8.6 wants it anyway).
         if matches!(method, "POST" | "PUT" | "PATCH") && !headers.keys().any(is_framing) {

@@ -363,3 +363,55 @@ fn one_that_cannot_be_read_any_more() {
     allow(0o600).expect("chmod");
     assert_eq!(used(&up, &mux), login);
 }
+
+/// The very file that was there before, which nothing has touched: a link that leads to it again.
+#[test]
+fn gone_and_back_again() {
+    let up = Upstream::plain();
+    let setup = Setup::new(&up);
+    let [link, there, empty] = ["state/claude", "there", "empty"].map(|n| setup.folder.0.join(n));
+    fs::rename(&link, &there).expect("move a folder");
+    symlink(&there, &link).expect("link a folder");
+    fs::create_dir(&empty).expect("make a folder");
+    fs::write(empty.join(".credentials.json"), "{}").expect("write a file");
+    let still = SystemTime::now() - Duration::from_secs(60);
+    for folder in [&there, &empty] {
+        let file = fs::File::options()
+            .write(true)
+            .open(folder.join(".credentials.json"));
+        file.and_then(|file| file.set_modified(still))
+            .expect("set a time");
+    }
+    let lead_to = |folder| {
+        fs::remove_file(&link).expect("remove a link");
+        symlink(folder, &link).expect("link a folder");
+    };
+    let mux = setup.start();
+    let login = used(&up, &mux);
+    lead_to(&empty);
+    let down = mux.message();
+    assert_eq!(down.status, 503, "{}", down.text());
+    lead_to(&there);
+    assert_eq!(used(&up, &mux), login);
+}
+
+/// It is the other tool's, not one that a refresh has just brought.
+#[test]
+fn replaced_during_a_refresh_and_refused_it_is_refreshed() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    used(&up, &mux);
+    let go = up.hold_refreshes();
+    login::save(&mux.state(), "claude", &up.login("claude", -10).claude());
+    let mut client = mux.client();
+    client.request("POST", MESSAGES, &[BEARER], b"{}");
+    up.wait(1, Request::is_refresh);
+    let theirs = up.login("claude", 3600);
+    login::save(&mux.state(), "claude", &theirs.claude());
+    assert_eq!(used(&up, &mux), theirs.access, "it is seen meanwhile");
+    go.advance();
+    assert_eq!(client.answer().status, 200);
+    up.revoke(&theirs.access);
+    assert_ne!(used(&up, &mux), theirs.access);
+    assert_eq!((up.refreshes().len(), up.reused()), (2, 0));
+}

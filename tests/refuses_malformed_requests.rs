@@ -445,5 +445,10 @@ fn odd_but_right_is_served() {
         let mut client = mux.client();
         let answer = client.send(&request).answer();
         assert_eq!((answer.status, answer.text()), (200, body), "{request:?}");
+        let raw = up.requests().pop().expect("a request").head.raw;
+        let raw = String::from_utf8_lossy(&raw).to_ascii_lowercase();
+        let framings =
+            raw.matches("transfer-encoding:").count() + raw.matches("content-length:").count();
+        assert_eq!(framings, 1, "{request:?}: {raw:?}");
     }
 }

@@ -98,6 +98,30 @@ fn a_login_is_not_given_up_for_a_file_that_was_given_away() {
     assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
 }
 
+/// Nor for one that was given away before, and again.
+#[test]
+fn a_login_is_not_given_up_for_a_file_that_was_given_away_twice() {
+    let up = Upstream::plain();
+    let setup = Setup::new(&up).save("claude", &up.login("claude", -10).claude());
+    let path = login::path(&setup.state(), "claude");
+    if chown(&path, Some(0), None).is_err() {
+        return eprintln!("SKIPPED: only root gives a file away");
+    }
+    let go = up.hold_refreshes();
+    let mux = setup.unprivileged().start();
+    up.wait(1, Request::is_refresh);
+    chown(&path, Some(0), None).expect("give a file away");
+    let health = mux.client().request("GET", "/healthz", &[], b"").answer();
+    assert_eq!(health.json()["providers"]["claude"], "unavailable");
+    chown(&path, Some(1), None).expect("give a file away");
+    go.advance();
+    mux.wait_log("ERROR");
+    assert_eq!(mux.message().status, 200, "the tokens in memory serve");
+    chown(&path, Some(setup::NOBODY), None).expect("give a file away");
+    wait_until_saved(&up, &mux);
+    assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+}
+
 fn wait_until_saved(up: &Upstream, mux: &Mux) {
     let used = up.requests().pop().expect("a request").bearer().to_owned();
     wait_until("it is saved", || {

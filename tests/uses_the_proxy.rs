@@ -234,7 +234,7 @@ fn https_proxy_wins_over_all_proxy() {
 fn no_proxy_is_obeyed() {
     for list in [
         "other.test,upstream.test",
-        "other.test, upstream.test",
+        "other.test, Upstream.TEST",
         "*",
         "test",
         ".test",
