@@ -34,6 +34,8 @@ const STALL: Duration = Duration::from_secs(12);
 const GROWTH: usize = 2 << 10;
 /// After a load: upstream connections are pooled for 15 s.
 const SETTLING: Duration = Duration::from_secs(20);
+/// After the requests that close those: how many workers are to spare depends on whether they met; idle ones end.
+const RETIRING: Duration = Duration::from_secs(7);
 /// As many as there are workers, so that each of them has been used.
 const BURST: u64 = 64;
 
@@ -187,6 +189,7 @@ impl Soak {
         for target in [MESSAGES, RESPONSES] {
             assert_eq!(self.mux.ask("POST", target, &[], b"").status, 200);
         }
+        thread::sleep(RETIRING);
         let deadline = Instant::now() + PATIENCE;
         let mut held = self.mux.footprint();
         loop {
