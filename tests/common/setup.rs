@@ -120,9 +120,11 @@ impl Setup {
     fn command(&self) -> Command {
         let root = fs::metadata(&self.folder.0).expect("a folder").uid() == 0;
         let mut command = if self.unprivileged && root {
-            // A copy: the folder that cargo builds in may be closed to this user.
+            // A copy: the folder that cargo builds in may be closed to this user. Made by another process: were it
+            // open for writing here, a fork by another test could hold it open, and it could not be run.
             let copy = self.folder.0.join("ai-mux");
-            fs::copy(binary(), &copy).expect("copy the binary");
+            let copied = Command::new("cp").arg(binary()).arg(&copy).status();
+            assert!(copied.expect("run cp").success(), "copy the binary");
             hand_over(&self.folder.0).expect("hand the folder over");
             let mut command = Command::new(copy);
             command.uid(NOBODY).gid(NOBODY);
