@@ -480,6 +480,7 @@ fn descriptors(wanted: u64) -> (usize, usize) {
     let _ = setrlimit(Resource::Nofile, limits); // what came of it, the next line tells
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let rest = limit.saturating_sub(SPARE_DESCRIPTORS);
+    // Two clients for each: the one that it serves, and one that waits or asks for health.
     let workers = wanted.min(rest / (WORKER_DESCRIPTORS + 2)).max(1);
     if workers < wanted {
         warn!("the limit of {limit} open files carries {workers} workers, not {wanted}");
@@ -2093,7 +2094,7 @@ impl Stream {
         self.tls.as_ref().is_some_and(|tls| tls.is_handshaking())
     }
 
-    /// How long it may do in the gate what it does: drain, take a part of a head for whole, or idle.
+    /// How long it may stay in the gate as it is: draining, in a handshake or a head, or idle.
     fn allowance(&self) -> Duration {
         let begun = self.partial || !self.buffered.is_empty();
         match self.draining {
