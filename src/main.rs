@@ -932,8 +932,9 @@ impl Proxy {
     /// What a worker does for a request that has passed the gate.
     fn handle(&self, exchange: &mut Exchange) -> Outcome {
         let (upstream, url) = self.route(&exchange.head.target)?;
-        let token = upstream.credential.token()?;
+        upstream.credential.token()?;
         exchange.hold()?;
+        let token = upstream.credential.token()?; // again, as a body may take minutes
         let whole = exchange.head.body.is_done();
         let mut answer = upstream.send(&url, &token, exchange)?;
         // A token that is refused is refreshed even if this request cannot be sent again.

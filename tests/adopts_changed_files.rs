@@ -415,3 +415,18 @@ fn replaced_during_a_refresh_and_refused_it_is_refreshed() {
     assert_ne!(used(&up, &mux), theirs.access);
     assert_eq!((up.refreshes().len(), up.reused()), (2, 0));
 }
+
+/// A large body may take minutes to come, and goes up with the login that holds by then.
+#[test]
+fn replaced_while_a_request_comes_it_is_used_for_that() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let mut client = mux.client();
+    let expect = ("expect", "100-continue");
+    client.start("POST", MESSAGES, &[BEARER, expect, ("content-length", "2")]);
+    assert_eq!(client.head().word(1), "100", "it is waited for");
+    let newer = up.login("claude", 3600);
+    login::save(&mux.state(), "claude", &newer.claude());
+    assert_eq!(client.send("{}").answer().status, 200);
+    assert_eq!(up.requests()[0].bearer(), newer.access);
+}
