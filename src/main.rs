@@ -1084,6 +1084,17 @@ impl Token {
     }
 }
 
+/// What is needed of a token endpoint's answer. Nothing that stands beside it can spoil it: by
+/// then the old token is spent.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Tokens {
+    access_token: Value,
+    refresh_token: Value,
+    id_token: Value,
+    expires_in: Value,
+}
+
 /// Why a refresh brought nothing, and how long to wait at least: `None` is for ever.
 type RefreshError = (String, Option<Duration>);
 
@@ -1265,19 +1276,19 @@ impl Credential {
             return Err((format!("{url} answered {status}{word}"), wait));
         }
         let text = text.map_err(|e| passing(&e))?;
-        let json: Value = serde_json::from_slice(&text).unwrap_or_default();
-        let new = secret_in(&json["refresh_token"]);
+        let found: Tokens = serde_json::from_slice(&text).unwrap_or_default();
+        let new = secret_in(&found.refresh_token);
         // What the answer leaves out stays as it was.
-        let access = secret_in(&json["access_token"]).or(new.as_ref().map(|_| old.access.clone()));
+        let access = secret_in(&found.access_token).or(new.as_ref().map(|_| old.access.clone()));
         let access = access.ok_or_else(|| passing(&"the answer holds no token"))?;
-        let lifetime = json["expires_in"].as_f64();
+        let lifetime = found.expires_in.as_f64();
         let lifetime = lifetime.map(|seconds| seconds.clamp(LIFETIME_MIN, LIFETIME_MAX));
         let expires = lifetime.map(|s| SystemTime::now() + Duration::from_secs_f64(s));
         Ok(Token {
             expires: expires.or_else(|| time_in(&claims(&access)["exp"])),
             refresh: new.or(old.refresh.clone()),
             account: old.account.clone(),
-            id: secret_in(&json["id_token"]).or(old.id.clone()),
+            id: secret_in(&found.id_token).or(old.id.clone()),
             access,
         })
     }

@@ -173,6 +173,31 @@ fn each_costs_no_login_and_heals() {
 }
 
 /// A new token that is said to have expired already is used, and not refreshed over and over.
+/// The refresh token is spent by then: what nobody needs of the answer must not cost what it brings.
+#[test]
+fn what_is_odd_beside_the_tokens_costs_no_login() {
+    let odd: [&[u8]; 4] = [
+        br#""a cut-off name \ud83d""#,
+        b"\"Latin-1: \xe9\"",
+        b"1e400",
+        &[b"[".repeat(200), b"]".repeat(200)].concat(),
+    ];
+    at_once(odd, |odd| {
+        let up = Upstream::plain();
+        let (vendor, odd) = (up.shared.clone(), odd.to_vec());
+        up.on_refresh(move |request, conn| {
+            let answer = vendor.vendors.renew(request, 3600).expect("a new login");
+            let text = answer.to_string();
+            let end = text.strip_suffix('}').expect("an object").as_bytes();
+            let body = [end, b",\"organization\":{\"name\":", &odd, b"}}"].concat();
+            conn.respond(200, &[], &body).map(|()| true)
+        });
+        let setup = Setup::new(&up).save("claude", &up.login("claude", -10).claude());
+        assert_eq!(setup.start().message().status, 200);
+        assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+    });
+}
+
 #[test]
 fn an_expiry_in_the_past_starts_no_storm() {
     let cases = [
