@@ -1355,10 +1355,8 @@ impl Credential {
             state.settled = stamp.2.elapsed().is_ok_and(|age| age > SETTLE_TIME);
             // A change of the file is worth another try, but not one of its mode.
             let content = |stamp: Stamp| (stamp.0, stamp.2);
-            if state.seen.replace(stamp).map(content) != Some(content(stamp))
-                && state.refresh.unsaved.is_none()
-            {
-                state.refresh.failure = None;
+            if state.seen.replace(stamp).map(content) != Some(content(stamp)) {
+                state.refresh.failure.take_if(|(_, until)| until.is_none());
             }
             Ok(token)
         });

@@ -91,27 +91,19 @@ fn a_login_that_is_over_is_told_once_and_asked_for_no_more() {
 /// Whoever has mended what the vendor did not like touches the file, and need not wait.
 #[test]
 fn a_changed_file_is_worth_another_try() {
-    let troubles = [(403, "claude"), (429, "chatgpt")];
-    at_once(troubles, |(status, provider)| {
-        let up = Upstream::plain();
-        up.on_refresh(move |_, conn| {
-            conn.respond(status, &[("retry-after", "300")], b"{}")?;
-            Ok(true)
-        });
-        let ended = up.login(provider, -10);
-        let setup = Setup::new(&up).save(provider, &ended.file(provider));
-        let mux = setup.start();
-        let ask = || mux.ask("POST", target(provider), &[], b"{}").status;
-        assert_eq!((ask(), ask()), (503, 503), "{provider}");
-        assert_eq!(up.refreshes().len(), 1, "{provider}");
-        up.refresh_again();
-        assert_eq!(ask(), 503, "{provider}");
-        let path = login::path(&mux.state(), provider);
-        let file = std::fs::File::options().append(true).open(path);
-        let touched = file.and_then(|f| f.set_modified(std::time::SystemTime::now()));
-        touched.expect("touch a file");
-        assert_eq!(ask(), 200, "{provider}");
-    });
+    let up = Upstream::plain();
+    refuse(&up, 403, json!({}));
+    let setup = Setup::new(&up).save("claude", &up.login("claude", -10).claude());
+    let mux = setup.start();
+    assert_eq!((mux.message().status, mux.message().status), (503, 503));
+    assert_eq!(up.refreshes().len(), 1);
+    up.refresh_again();
+    assert_eq!(mux.message().status, 503);
+    let path = login::path(&mux.state(), "claude");
+    let file = std::fs::File::options().append(true).open(path);
+    let touched = file.and_then(|f| f.set_modified(std::time::SystemTime::now()));
+    touched.expect("touch a file");
+    assert_eq!(mux.message().status, 200);
 }
 
 /// Another tool has spent the refresh token, and its new one is on disk already: nobody who waits notices.
@@ -228,6 +220,24 @@ fn the_vendors_own_retry_after_is_honoured() {
         .header("retry-after")
         .and_then(|s| s.parse::<u64>().ok());
     assert!(wait.is_some_and(|s| (90..=121).contains(&s)), "{wait:?}");
+}
+
+/// Even if the vendor's tool keeps other things in the file, and writes them.
+#[test]
+fn a_retry_after_outlasts_a_change_beside_the_login() {
+    let up = Upstream::plain();
+    up.on_refresh(|_, conn| {
+        conn.respond(429, &[("retry-after", "120")], b"{}")
+            .map(|()| true)
+    });
+    let mut file = up.login("claude", -10).claude();
+    let mux = Setup::new(&up).save("claude", &file).start();
+    for round in 0..3 {
+        assert_eq!(mux.message().status, 503);
+        file["mcpOAuth"] = json!({ "round": round });
+        login::save(&mux.state(), "claude", &file);
+    }
+    assert_eq!(up.refreshes().len(), 1);
 }
 
 #[test]
