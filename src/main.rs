@@ -48,7 +48,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use log::{LevelFilter, debug, error, info, warn};
+use log::{Level, LevelFilter, debug, error, info, log, warn};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::retry_on_intr;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
@@ -1041,6 +1041,8 @@ struct State {
     /// Of the file when it last held a login; and whether that is sure while it has this one.
     seen: Option<Stamp>,
     settled: bool,
+    /// What keeps the file from being read, once that was told.
+    trouble: String,
     refresh: Refresh,
     /// No refresh begins any more.
     stopping: bool,
@@ -1179,7 +1181,7 @@ impl Credential {
 
     /// The keeper: looks at the login every `interval`, and when there is something to try again.
     fn keep(&self) {
-        loop {
+        while !lock(&self.state).stopping {
             let look = || {
                 let turn = lock(&self.turn);
                 self.save(None);
@@ -1199,6 +1201,10 @@ impl Credential {
         lock(&self.state).stopping = true;
         let _turn = lock(&self.turn);
         self.save(None);
+        if lock(&self.state).refresh.unsaved.is_some() {
+            let (name, remedy) = (self.provider.name, self.remedy());
+            error!("{name}: the new login could not be saved and is lost; {remedy}");
+        }
     }
 
     /// Refreshes a token that is due.
@@ -1226,7 +1232,13 @@ impl Credential {
         };
         refresh.backoff = (refresh.backoff * 2).clamp(BACKOFF_MIN, BACKOFF_MAX);
         let time = refresh.backoff.max(least).min(RETRY_AFTER_MAX);
-        warn!("{name}: refresh: {why}; next try in {}s", time.as_secs());
+        let unsaved = refresh.unsaved.is_some();
+        let level = if unsaved { Level::Error } else { Level::Warn };
+        log!(
+            level,
+            "{name}: refresh: {why}; next try in {}s",
+            time.as_secs()
+        );
         refresh.failure = Some((why, Some(Instant::now() + time)));
         self.wake_keeper.notify_all();
     }
@@ -1322,10 +1334,9 @@ impl Credential {
                 state.refresh.backoff = Duration::ZERO;
             }
             Err(why) => {
-                error!("{name}: {why}; the new login is in memory only");
                 state.token = Some(new);
-                let why = "the new login is not on disk yet";
-                self.fail(&mut state.refresh, why.into(), Some(Duration::ZERO));
+                let why = format!("the new login is in memory only: {why}");
+                self.fail(&mut state.refresh, why, Some(Duration::ZERO));
             }
         }
     }
@@ -1360,20 +1371,26 @@ impl Credential {
             }
             Ok(token)
         });
-        let lasting = |e| match e {
-            ErrorKind::NotFound | ErrorKind::NotADirectory => true,
-            // The only copy of a new login is not let go for a file that may be mended.
-            ErrorKind::InvalidInput | ErrorKind::PermissionDenied => {
-                state.refresh.unsaved.is_none()
-            }
+        let unsaved = state.refresh.unsaved.is_some();
+        // The only copy of a new login goes with a log-out, not with what may be mended.
+        let lasting = |kind| match kind {
+            ErrorKind::NotFound if unsaved => self.path.parent().is_some_and(Path::exists),
+            ErrorKind::NotFound | ErrorKind::NotADirectory => !unsaved,
+            ErrorKind::PermissionDenied | ErrorKind::InvalidInput => !unsaved,
             _ => false,
         };
-        let kept = state.token.is_some() || state.refresh.unsaved.is_some();
+        let kept = state.token.is_some() || unsaved;
+        let told = std::mem::take(&mut state.trouble);
         match found {
             Ok(token) => self.adopt(&mut state, Some(token), None),
             // A file half written is no log-out: ours stays, which may be the only copy.
             Err(e) if kept && e.kind() == ErrorKind::InvalidData => {}
-            Err(e) if kept && !lasting(e.kind()) => warn!("{}: {e}", self.provider.name),
+            Err(e) if kept && !lasting(e.kind()) => {
+                state.trouble = e.to_string();
+                if state.trouble != told {
+                    warn!("{}: {e}", self.provider.name);
+                }
+            }
             Err(e) => self.adopt(&mut state, None, Some((e.to_string(), None))),
         }
         state
@@ -1469,7 +1486,8 @@ impl Draft {
     /// Proves that the folder can be written and has room, before anything depends on it.
     fn new(path: &Path) -> Result<Draft, String> {
         let name = path.display();
-        let failed = |e| format!("{name} cannot be replaced: {e}; let ai-mux write to its folder");
+        let failed =
+            |e| format!("{name} cannot be replaced: {e}; its folder must be writable, with room");
         let target = path.canonicalize().map_err(failed)?;
         let lock = File::open(&target).map_err(failed)?;
         let inode = |meta: fs::Metadata| (meta.dev(), meta.ino());
@@ -1480,7 +1498,18 @@ impl Draft {
             return Err(format!("{name} is locked by another program; stop it"));
         }
         let path = PathBuf::from([target.as_os_str(), "ai-mux-new".as_ref()].join(".".as_ref()));
-        let _ = fs::remove_file(&path); // left behind by kill -9
+        // A new login that kill -9 kept from its place is whole, and younger than the old one.
+        let left = fs::read(&path).unwrap_or_default();
+        let changed = |path| stamp(path).map(|(_, changed, _)| changed);
+        if serde_json::from_slice::<Value>(&left).is_ok() && changed(&path) >= changed(&target) {
+            fs::rename(&path, &target).map_err(failed)?;
+            return Err(format!("{name}: a login was left beside it"));
+        }
+        if let Err(e) = fs::remove_file(&path)
+            && e.kind() != ErrorKind::NotFound
+        {
+            return Err(failed(e));
+        }
         // A file that is mounted by itself cannot be linked to, nor replaced (link(2), EXDEV).
         if let Err(e) = fs::hard_link(&target, &path)
             && e.kind() == ErrorKind::CrossesDevices
