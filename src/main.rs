@@ -454,7 +454,7 @@ impl Gate {
         while self.queue.front().is_some_and(|e| e.stream.is_due())
             && let Some(exchange) = self.queue.pop_front()
         {
-            let busy = Reply::new(503, "all workers are busy; raise `workers`, or wait");
+            let busy = Reply::new(503, "no worker is free; wait, or raise `workers`");
             let busy = busy.retry_after(Duration::from_secs(1));
             self.settle(exchange.conclude(Err(busy.into())));
         }
@@ -618,6 +618,7 @@ impl Head {
             Ok(httparse::Status::Partial) if !large(bytes) => return Ok(None),
             Ok(_) | Err(httparse::Error::TooManyHeaders) => return Err(head_too_large()),
             Err(_) if large(bytes) => return Err(head_too_large()),
+            Err(httparse::Error::Token) => return Err(malformed("no HTTP; is it https to http?")),
             Err(e) => return Err(malformed(&e.to_string())),
         };
         let mut lines = bytes[..length].split_inclusive(|b| *b == b'\n');
@@ -659,9 +660,9 @@ impl Head {
         let hostly = |b: &u8| b.is_ascii_alphanumeric() || b"-._~:[]%".contains(b);
         match method {
             // TRACE would have the upstream send our token back to the client.
-            "TRACE" | "CONNECT" => Err("the method is not one that can be passed on"),
+            "TRACE" | "TRACK" | "CONNECT" => Err("the method is not one that can be passed on"),
             _ if !capitals || method.len() > 32 => Err("the method is not valid"),
-            _ if !target.starts_with('/') => Err("the target must be a path, not a URL"),
+            _ if !target.starts_with('/') => Err("the target must be a path"),
             _ if !target.bytes().all(plain) => Err("the target must be percent-encoded"),
             _ if hosts.is_empty() && !self.http10 => Err("there is no Host"),
             _ if hosts.len() > 1 => Err("there is more than one Host"),
@@ -917,6 +918,16 @@ impl Proxy {
     fn screen(&self, exchange: &mut Exchange) -> Result<(), Reply> {
         let (head, peer) = (&exchange.head, exchange.stream.peer);
         debug!("peer={peer} request: {}", shown(&head.fields));
+        let path = path_of(&head.target).as_bytes();
+        let in_path = |user: &User| {
+            let token = user.token.expose().as_bytes();
+            let mut parts = path.windows(token.len());
+            parts.any(|part| part.ct_eq(token).into())
+        };
+        if self.config.users.iter().any(in_path) {
+            exchange.head.target = "(a token)".into(); // for the log
+            return Err(Reply::new(404, "send the token in a header"));
+        }
         if head.is_health() {
             return Err(Reply::new(200, self.health()));
         }
@@ -1766,7 +1777,7 @@ fn agent(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentConfig, E
         .allow_non_standard_methods(true)
         .input_buffer_size(UPSTREAM_INPUT)
         .output_buffer_size(UPSTREAM_OUTPUT)
-        .max_response_header_size(UPSTREAM_INPUT - 1)
+        .max_response_header_size(UPSTREAM_INPUT)
         .max_idle_age(UPSTREAM_IDLE))
 }
 

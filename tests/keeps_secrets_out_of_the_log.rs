@@ -89,6 +89,25 @@ fn at_any_level_whatever_happens() {
     }
 }
 
+/// As other relays have it. The path is in the log.
+#[test]
+fn a_token_in_the_path() {
+    let up = Upstream::plain();
+    let mux = tempted(&up, "debug").start();
+    for target in [
+        format!("/{TOKEN}/v1/messages"),
+        format!("/claude/v1/{TOKEN}"),
+    ] {
+        for headers in [&[][..], &[BEARER]] {
+            let mut client = mux.client();
+            let answer = client.request("POST", &target, headers, b"{}").answer();
+            assert_eq!(answer.status, 404, "{target}");
+        }
+    }
+    mux.wait_log_times("status=404", 4);
+    assert_eq!(up.requests().len(), 0);
+}
+
 #[test]
 fn when_a_token_endpoint_says_too_much() {
     for (status, body) in [

@@ -42,7 +42,7 @@ fn assert_kept_out(up: &Upstream, mux: &Mux, before: Footprint) {
 }
 
 /// The request line, RFC 9112 sections 2 and 3.
-const LINES: [&str; 41] = [
+const LINES: [&str; 42] = [
     "GET",
     "GET /claude/v1/models",
     "GET  /claude/v1/models HTTP/1.1",
@@ -67,6 +67,7 @@ const LINES: [&str; 41] = [
     "G(T /claude/v1/models HTTP/1.1",
     "G\0T /claude/v1/models HTTP/1.1",
     "TRACE /claude/v1/models HTTP/1.1",
+    "TRACK /claude/v1/models HTTP/1.1",
     "CONNECT api.example:443 HTTP/1.1",
     "CONNECT /claude/v1/models HTTP/1.1",
     "OPTIONS * HTTP/1.1",
@@ -96,6 +97,17 @@ fn a_request_line_that_is_not_plain() {
         assert_eq!(refused(&mux, head.as_bytes()), "400", "{line:?}");
     });
     assert_kept_out(&up, &mux, before);
+}
+
+/// Whoever writes https for http has no other hint.
+#[test]
+fn a_tls_handshake_is_told_that_this_is_none() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let hello = b"\x16\x03\x01\x00\x05\x01\x00\x00\x01\x03";
+    let said = String::from_utf8_lossy(&mux.client().send(hello).rest()).into_owned();
+    assert!(said.starts_with("HTTP/1.1 400 "), "{said}");
+    assert!(said.contains("is it https to http?"), "{said}");
 }
 
 /// Fields, RFC 9112 sections 3.2 and 5, RFC 9110 section 5. Each goes into a head that is fine without it.

@@ -93,7 +93,10 @@ fn lines(lines: Vec<&str>) -> Option<Head> {
         return None;
     };
     let capitals = method.bytes().all(|b| b == b'-' || b.is_ascii_uppercase());
-    if !capitals || !(1..=32).contains(&method.len()) || ["TRACE", "CONNECT"].contains(&method) {
+    if !capitals
+        || !(1..=32).contains(&method.len())
+        || ["TRACE", "TRACK", "CONNECT"].contains(&method)
+    {
         return None;
     }
     if !target.starts_with('/') || target.contains(['\t', '"', '#', '<', '>']) {
