@@ -261,10 +261,6 @@ struct Gate {
     /// Gets a byte for each request that a worker is done with, and for each signal.
     wakes: UnixStream,
     stopping: Arc<AtomicBool>,
-    /// The log knows that new connections wait.
-    warned: bool,
-    /// When idle workers are ended, and the certificate files looked at.
-    chores_at: Instant,
 }
 
 /// What becomes of a stream after an answer. `None`: the connection is gone, without a final
@@ -298,8 +294,6 @@ impl Gate {
             verdicts,
             wakes,
             stopping,
-            warned: false,
-            chores_at: Instant::now(),
         })
     }
 
@@ -307,18 +301,11 @@ impl Gate {
     /// tiny_http is gone, without which nobody could be served.
     fn run(&mut self) -> Result<(), Error> {
         self.announce();
-        let mut end = None;
+        let (mut end, mut chores_at, mut warned) = (None, Instant::now(), false);
         while end.is_none_or(|end| self.count() > 0 && !left_until(end).is_zero()) {
-            let Ok((acceptable, readable)) = self.wait(end) else {
-                self.make_room(); // for poll, too, has a limit of descriptors
-                thread::sleep(ACCEPT_PAUSE);
-                continue;
-            };
-            let mut readable = readable.into_iter();
-            // In order, so that each takes the flag that is its own.
-            let ready = |s: &mut Stream| readable.next() == Some(true) || s.is_due();
-            let ready: Vec<_> = self.connections.extract_if(.., ready).collect();
-            for stream in ready {
+            let waited = self.wait(end.map_or(chores_at, |end| chores_at.min(end)));
+            let due: Vec<_> = self.connections.extract_if(.., |s| s.is_due()).collect();
+            for stream in due {
                 // A panic would cost this connection, and no other.
                 let _ = catch_unwind(AssertUnwindSafe(|| self.read_on(stream)));
             }
@@ -327,11 +314,17 @@ impl Gate {
                 self.settle(verdict);
             }
             self.dispatch().map_err(|e| Error::start("tiny_http", e))?;
-            if acceptable {
-                self.admit();
+            let admitted = waited.and_then(|any| if any { self.accept() } else { Ok(()) });
+            if let Err(e) = &admitted {
+                if !warned {
+                    warn!("new connections wait: {e}");
+                }
+                self.make_room(); // for poll, too, has a limit of descriptors
+                thread::sleep(ACCEPT_PAUSE);
             }
-            if left_until(self.chores_at).is_zero() {
-                self.chores_at = Instant::now() + CHORE_INTERVAL;
+            warned = admitted.is_err();
+            if left_until(chores_at).is_zero() {
+                chores_at = Instant::now() + CHORE_INTERVAL;
                 self.pool.retire_idle();
                 self.tls.iter_mut().for_each(Tls::renew);
             }
@@ -364,14 +357,12 @@ impl Gate {
         self.connections.len() + self.queue.len() + self.pool.busy
     }
 
-    /// Waits until something happens or is due: whether a client can be accepted, and which
-    /// connections can be read.
-    fn wait(&self, end: Option<Instant>) -> io::Result<(bool, Vec<bool>)> {
+    /// Waits until something happens or is due, `until` at the latest: whether a client can be
+    /// accepted. A connection that can be read is due then.
+    fn wait(&mut self, until: Instant) -> io::Result<bool> {
         let waiting = self.queue.front().map(|exchange| exchange.stream.due());
-        let dues = [end, waiting].into_iter().flatten();
-        let dues = dues.chain(self.connections.iter().map(Stream::due));
-        let time = left_until(dues.fold(self.chores_at, Instant::min));
-        let time = time.try_into().ok();
+        let dues = self.connections.iter().map(Stream::due).chain(waiting);
+        let time = left_until(dues.fold(until, Instant::min)).try_into().ok();
 
         let mut sources = vec![self.wakes.as_fd()];
         sources.extend(self.connections.iter().map(|s| s.socket.tcp.as_fd()));
@@ -379,25 +370,15 @@ impl Gate {
         let sources = sources.iter().map(|fd| PollFd::new(fd, PollFlags::IN));
         let mut sources: Vec<_> = sources.collect();
         retry_on_intr(|| poll(&mut sources, time.as_ref()))?;
-        let mut ready = sources.iter().map(|source| !source.revents().is_empty());
+        let ready = sources.iter().map(|source| !source.revents().is_empty());
+        let mut ready = ready.collect::<Vec<_>>().into_iter();
         if ready.next() == Some(true) {
             let _ = (&self.wakes).read(&mut [0; 64]);
         }
-        let readable = ready.by_ref().take(self.connections.len()).collect();
-        Ok((ready.next() == Some(true), readable))
-    }
-
-    /// Accepts a client, or has them all wait for a moment.
-    fn admit(&mut self) {
-        let admitted = self.accept();
-        if let Err(e) = &admitted {
-            if !self.warned {
-                warn!("new connections wait: {e}");
-            }
-            self.make_room();
-            thread::sleep(ACCEPT_PAUSE);
+        for (stream, readable) in self.connections.iter_mut().zip(&mut ready) {
+            stream.recheck |= readable;
         }
-        self.warned = admitted.is_err();
+        Ok(ready.next() == Some(true))
     }
 
     fn accept(&mut self) -> io::Result<()> {
@@ -2082,7 +2063,7 @@ struct Stream {
     buffered: Vec<u8>,
     /// A part of a TLS record has come.
     partial: bool,
-    /// In the gate: more may be there than its socket tells.
+    /// In the gate: it is to be read, as its socket tells; or more may be there than that tells.
     recheck: bool,
     /// After its last answer, how much of what it still sends is taken.
     draining: Option<usize>,
