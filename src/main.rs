@@ -24,7 +24,7 @@
 //! **upstream**.
 //!
 //! The file reads from the story to the reference: limits, main, gate, server, handler, credential,
-//! upstream, stream, config, replies and errors, log, secret. Callers stand above what they call.
+//! upstream, stream, config, replies, log, secret. Callers stand above what they call.
 
 #![forbid(unsafe_code)]
 
@@ -171,7 +171,7 @@ usage: ai-mux [--config PATH]
 
 #[cfg_attr(test, allow(dead_code))]
 fn main() -> ExitCode {
-    let Err(Error(code, message)) = run() else {
+    let Err((code, message)) = run() else {
         return ExitCode::SUCCESS;
     };
     // Not eprintln!, which panics when nobody reads standard error.
@@ -179,17 +179,22 @@ fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
-fn run() -> Result<(), Error> {
+/// What goes wrong, in words that say what to do, and the exit code for it.
+fn run() -> Result<(), (u8, String)> {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     let words: Vec<_> = arguments.iter().map(|a| a.to_str()).collect();
-    let path = match words[..] {
-        [] => None,
-        [Some("--config"), _] => Some(Path::new(&arguments[1])),
-        [Some("--help")] => return print(HELP),
-        [Some("--version")] => return print(VERSION),
-        _ => return Err(Error::config("expected --config PATH; see --help")),
+    let config = match words[..] {
+        [] => Config::read(Yaml::Null),
+        [Some("--config"), _] => Config::load(Path::new(&arguments[1])),
+        [Some("--help")] => return print(HELP).map_err(|e| (1, e)),
+        [Some("--version")] => return print(VERSION).map_err(|e| (1, e)),
+        _ => Err("expected --config PATH; see --help".into()),
     };
-    let config = Config::load(path)?.find_providers()?;
+    serve(config.map_err(|e| (2, e))?).map_err(|e| (1, e))
+}
+
+fn serve(config: Config) -> Result<(), String> {
+    let config = config.find_providers()?;
     start_log(config.log_level);
     let _lock = lock_state_dir(&config.state_dir)?;
     let mut gate = Gate::open(config)?;
@@ -206,20 +211,20 @@ fn run() -> Result<(), Error> {
     served
 }
 
-fn print(text: &str) -> Result<(), Error> {
+fn print(text: &str) -> Result<(), String> {
     let printed = io::stdout().write_all(text.as_bytes());
-    printed.map_err(|e| Error::start("print", e))
+    printed.map_err(|e| format!("print: {e}"))
 }
 
 /// Creates the state folder, private, and locks it: two processes that refresh one login with
 /// the same single-use token would end it. The lock lives as long as the file it returns.
-fn lock_state_dir(folder: &Path) -> Result<File, Error> {
-    let failed = |e: &dyn Display| Error::start(format!("state_dir {}", folder.display()), e);
+fn lock_state_dir(folder: &Path) -> Result<File, String> {
+    let name = folder.display();
     let created = DirBuilder::new().recursive(true).mode(0o700).create(folder);
     let opened = created.and_then(|()| File::open(folder));
-    let claim = opened.map_err(|e| failed(&e))?;
+    let claim = opened.map_err(|e| format!("state_dir {name}: {e}"))?;
     let locked = claim.try_lock();
-    locked.map_err(|e| failed(&format!("another ai-mux uses it ({e})")))?;
+    locked.map_err(|e| format!("state_dir {name}: another ai-mux uses it ({e})"))?;
     Ok(claim)
 }
 
@@ -268,8 +273,8 @@ struct Gate {
 type Verdict = Option<Stream>;
 
 impl Gate {
-    fn open(config: Config) -> Result<Gate, Error> {
-        let failed = |e| Error::start("start", e);
+    fn open(config: Config) -> Result<Gate, String> {
+        let failed = |e: io::Error| format!("start: {e}");
         let (workers, capacity) = descriptors(config.workers.get().into());
         let listener = listen(&config.listen)?;
         let (wakes, waker) = UnixStream::pair().map_err(failed)?;
@@ -277,7 +282,7 @@ impl Gate {
         let (verdict, verdicts) = mpsc::channel();
         let tls = config.tls.clone();
         let proxy = Arc::new(Proxy::new(config, verdict, waker)?);
-        let inner = |e| Error::start("a socket in state_dir or TMPDIR", e);
+        let inner = |e| format!("a socket in state_dir or TMPDIR: {e}");
         let pool = Pool::start(&proxy, workers).map_err(inner)?;
         for upstream in &proxy.upstreams {
             let credential = upstream.credential.clone();
@@ -299,7 +304,7 @@ impl Gate {
 
     /// Serves until a signal comes and what runs then has ended, or had its time; or until
     /// tiny_http is gone, without which nobody could be served.
-    fn run(&mut self) -> Result<(), Error> {
+    fn run(&mut self) -> Result<(), String> {
         self.announce();
         let (mut end, mut chores_at, mut warned) = (None, Instant::now(), false);
         while end.is_none_or(|end| self.count() > 0 && !left_until(end).is_zero()) {
@@ -313,7 +318,7 @@ impl Gate {
                 self.pool.busy -= 1;
                 self.settle(verdict);
             }
-            self.dispatch().map_err(|e| Error::start("tiny_http", e))?;
+            self.dispatch().map_err(|e| format!("tiny_http: {e}"))?;
             let admitted = waited.and_then(|any| if any { self.accept() } else { Ok(()) });
             if let Err(e) = &admitted {
                 if !warned {
@@ -485,7 +490,7 @@ fn signals(waker: &UnixStream) -> io::Result<Arc<AtomicBool>> {
 }
 
 /// Listens on the first address that can be had. `[::]` takes IPv4 as well.
-fn listen(addresses: &[SocketAddr]) -> Result<TcpListener, Error> {
+fn listen(addresses: &[SocketAddr]) -> Result<TcpListener, String> {
     use rustix::net::{AddressFamily, SocketType, bind, listen, socket, sockopt};
     let open = |address: &SocketAddr| {
         let family = match address {
@@ -507,7 +512,7 @@ fn listen(addresses: &[SocketAddr]) -> Result<TcpListener, Error> {
             break;
         }
     }
-    tried.map_err(|e: io::Error| Error::start(format!("listen on {addresses:?}"), e))
+    tried.map_err(|e: io::Error| format!("listen on {addresses:?}: {e}"))
 }
 
 /// What clients see of us, and the files that it comes from: certificate and key.
@@ -883,7 +888,7 @@ impl Exchange {
 // and no worker, no byte of the body and no refresh is spent on what is refused anyway.
 
 impl Proxy {
-    fn new(config: Config, verdict: Sender<Verdict>, waker: UnixStream) -> Result<Proxy, Error> {
+    fn new(config: Config, verdict: Sender<Verdict>, waker: UnixStream) -> Result<Proxy, String> {
         let (providers, roots) = (config.providers.iter(), roots()?);
         let upstreams = providers.map(|settings| Upstream::new(settings, &config, &roots));
         Ok(Proxy {
@@ -1713,26 +1718,26 @@ impl Provider {
 }
 
 /// What vouches for an upstream: the built-in roots, or those in `SSL_CERT_FILE`.
-fn roots() -> Result<RootCerts, Error> {
+fn roots() -> Result<RootCerts, String> {
     let file = std::env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty());
     let Some(path) = file else {
         return Ok(RootCerts::WebPki);
     };
-    let found = certificates(path.as_ref()).map_err(|e| Error::start("SSL_CERT_FILE", e))?;
+    let found = certificates(path.as_ref()).map_err(|e| format!("SSL_CERT_FILE: {e}"))?;
     let owned = |der| ureq::tls::Certificate::from_der(der).to_owned();
     Ok(found.iter().map(|der| owned(der)).into())
 }
 
 /// How upstream is reached, for requests and for refreshes: everything automatic is off.
-fn agent(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentConfig, Error> {
-    let uri: http::Uri = url.parse().map_err(|e| Error::start(url, e))?;
+fn agent(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentConfig, String> {
+    let uri: http::Uri = url.parse().map_err(|e| format!("{url}: {e}"))?;
     let mut proxy = config.proxy.clone();
     let mut names = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].into_iter();
     let set = |name| std::env::var(name).ok().filter(|text| !text.is_empty());
     if proxy.is_none()
         && let Some((name, text)) = names.find_map(|name| Some(name).zip(set(name)))
     {
-        let wrong = |_| Error::start(format!("{name} (not shown)"), "expected a proxy's URL");
+        let wrong = |_| format!("{name} (not shown): expected a proxy's URL");
         let found = ureq::Proxy::new(&text).map_err(wrong)?;
         let host = uri.host().unwrap_or_default().to_ascii_lowercase();
         // A name stands for all that is below it, with or without a dot before it.
@@ -1795,7 +1800,7 @@ impl Upstream {
         settings: &ProviderSettings,
         config: &Config,
         roots: &RootCerts,
-    ) -> Result<Upstream, Error> {
+    ) -> Result<Upstream, String> {
         let (provider, time) = (settings.provider, Some(config.request_timeout));
         let (base_url, token_url) = (settings.base_url.clone(), settings.token_url.clone());
         let calls = agent(config, roots, &token_url)?
@@ -2546,35 +2551,30 @@ struct RawTls {
 }
 
 impl Config {
-    fn load(path: Option<&Path>) -> Result<Config, Error> {
-        let Some(path) = path else {
-            return Config::read(Yaml::Null).map_err(Error::config);
-        };
-        let wrong = |e: &dyn Display| {
-            let line = format!("{}: {e}", path.display());
-            Error::config(line.replace(char::is_control, " "))
-        };
-        let text = fs::read_to_string(path).map_err(|e| wrong(&e))?;
-        let text = text.trim_start_matches('\u{feff}');
-        let file = match path.extension().is_some_and(|e| e == "json") {
-            true => serde_json::from_str(text).map_err(|e| wrong(&unquoted(e)))?,
-            false => serde_yaml::from_str(text).map_err(|e| wrong(&unquoted(e)))?,
-        };
-        Config::read(file).map_err(|e| wrong(&e))
+    fn load(path: &Path) -> Result<Config, String> {
+        let read = fs::read_to_string(path).map_err(|e| e.to_string());
+        let parsed = read.and_then(|text| {
+            let text = text.trim_start_matches('\u{feff}');
+            match path.extension().is_some_and(|e| e == "json") {
+                true => serde_json::from_str(text).map_err(unquoted),
+                false => serde_yaml::from_str(text).map_err(unquoted),
+            }
+        });
+        let line = |e| format!("{}: {e}", path.display()).replace(char::is_control, " ");
+        parsed.and_then(Config::read).map_err(line)
     }
 
     /// Where no provider is configured, takes those that have a credential file.
-    fn find_providers(mut self) -> Result<Config, Error> {
+    fn find_providers(mut self) -> Result<Config, String> {
         if self.providers.is_empty() {
             // One that cannot be looked at is there: it answers 503 and says why.
             let there = |p: &&Provider| !matches!(p.path(&self.state_dir).try_exists(), Ok(false));
             let found = PROVIDERS.iter().filter(there);
             let found = found.map(|p| provider(p.name.into()));
-            self.providers = found.collect::<Result<_, _>>().map_err(Error::config)?;
+            self.providers = found.collect::<Result<_, _>>()?;
         }
         let [claude, chatgpt] = PROVIDERS.each_ref().map(|p| p.path(&self.state_dir));
-        let why = format!("neither {claude:?} nor {chatgpt:?} is there; log in first");
-        let lack = || Error::start("find a login", why);
+        let lack = || format!("neither {claude:?} nor {chatgpt:?} is there; log in first");
         let found = !self.providers.is_empty();
         found.then_some(self).ok_or_else(lack)
     }
@@ -2818,22 +2818,8 @@ fn whole_uri(text: &str) -> Option<http::Uri> {
     whole.then_some(uri)
 }
 
-// ─── replies and errors ──────────────────────────────────────────────────────────────────────
-// A `Reply` is what a client hears from ai-mux itself, an `Error` what the operator reads when
-// it cannot start. Both say what to do.
-
-/// The exit code, and why.
-struct Error(u8, String);
-
-impl Error {
-    fn start(what: impl Display, why: impl Display) -> Error {
-        Error(1, format!("{what}: {why}"))
-    }
-
-    fn config(message: impl Display) -> Error {
-        Error(2, message.to_string())
-    }
-}
+// ─── replies ─────────────────────────────────────────────────────────────────────────────────
+// What a client hears from ai-mux itself: it says what to do.
 
 #[derive(Debug)]
 struct Reply {
