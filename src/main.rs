@@ -33,8 +33,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Display;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, BufRead, Cursor, ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr};
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::num::NonZeroU16;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
@@ -276,7 +275,8 @@ impl Gate {
     fn open(config: Config) -> Result<Gate, String> {
         let failed = |e: io::Error| format!("start: {e}");
         let (workers, capacity) = descriptors(config.workers.get().into());
-        let listener = listen(&config.listen)?;
+        let refused = |e| format!("listen on {:?}: {e}", config.listen);
+        let listener = listen(&config.listen).map_err(refused)?;
         let (wakes, waker) = UnixStream::pair().map_err(failed)?;
         let stopping = signals(&waker).map_err(failed)?;
         let (verdict, verdicts) = mpsc::channel();
@@ -489,30 +489,13 @@ fn signals(waker: &UnixStream) -> io::Result<Arc<AtomicBool>> {
     Ok(seen)
 }
 
-/// Listens on the first address that can be had. `[::]` takes IPv4 as well.
-fn listen(addresses: &[SocketAddr]) -> Result<TcpListener, String> {
-    use rustix::net::{AddressFamily, SocketType, bind, listen, socket, sockopt};
-    let open = |address: &SocketAddr| {
-        let family = match address {
-            SocketAddr::V4(_) => AddressFamily::INET,
-            SocketAddr::V6(_) => AddressFamily::INET6,
-        };
-        let socket = socket(family, SocketType::STREAM, None)?;
-        sockopt::set_socket_reuseaddr(&socket, true)?;
-        let _ = sockopt::set_ipv6_v6only(&socket, false); // an IPv4 one has no such option
-        bind(&socket, address)?;
-        listen(&socket, BACKLOG)?;
-        let listener = TcpListener::from(socket);
-        listener.set_nonblocking(true).map(|()| listener)
-    };
-    let mut tried = Err(ErrorKind::NotFound.into());
-    for address in addresses {
-        tried = open(address);
-        if tried.is_ok() {
-            break;
-        }
-    }
-    tried.map_err(|e: io::Error| format!("listen on {addresses:?}: {e}"))
+/// Listens on the first address that can be had. `[::]` takes IPv4 as well, unless the host says
+/// otherwise (net.ipv6.bindv6only).
+fn listen(addresses: &[SocketAddr]) -> io::Result<TcpListener> {
+    let listener = TcpListener::bind(addresses)?;
+    rustix::net::listen(&listener, BACKLOG)?; // again, as std does so with 128
+    listener.set_nonblocking(true)?;
+    Ok(listener)
 }
 
 /// What clients see of us, and the files that it comes from: certificate and key.
@@ -2736,8 +2719,7 @@ const ADDRESSES: Kind<Vec<SocketAddr>> = ("\":PORT\" or \"HOST:PORT\"", |value| 
         return Some([v4, v6].concat());
     };
     let port: u16 = port.parse().ok()?;
-    let (v6, v4) = (Ipv6Addr::UNSPECIFIED, Ipv4Addr::UNSPECIFIED);
-    Some(vec![(v6, port).into(), (v4, port).into()])
+    Some(vec![([0; 8], port).into(), ([0; 4], port).into()])
 });
 
 const FOLDER: Kind<PathBuf> = ("a path, or ~/PATH where HOME is set", |value| {
