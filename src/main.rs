@@ -413,17 +413,17 @@ impl Gate {
 
     /// Reads on what a client sends. A whole head begins an exchange.
     fn read_on(&mut self, mut stream: Stream) {
-        let mut exchange = match stream.read_on() {
-            Ok(Some(head)) => Exchange::new(stream, head),
+        let peer = stream.peer;
+        let (head, read) = match stream.read_on() {
+            Ok(Some(head)) => (head, Ok(())),
             Ok(None) => return self.connections.push(stream),
-            Err(Fault::Broken(why)) => return debug!("peer={} closed: {why}", stream.peer),
-            Err(Fault::Reply(reply)) => {
-                let exchange = Exchange::new(stream, Head::default());
-                return self.settle(exchange.conclude(Err(reply.into())));
-            }
+            Err(end) if end.status == 0 => return debug!("peer={peer} closed: {}", end.message),
+            Err(reply) => (Head::default(), Err(reply)),
         };
-        if let Err(reply) = self.proxy.screen(&mut exchange) {
-            return self.settle(exchange.conclude(Err(reply.into())));
+        let mut exchange = Exchange::new(stream, head);
+        let screened = read.and_then(|()| self.proxy.screen(&mut exchange));
+        if screened.is_err() {
+            return self.settle(exchange.conclude(screened));
         }
         exchange.stream.socket.deadline = Instant::now() + self.proxy.config.request_timeout;
         self.queue.push_back(exchange);
@@ -442,7 +442,7 @@ impl Gate {
         {
             let busy = Reply::new(503, "no worker is free; wait, or raise `workers`");
             let busy = busy.retry_after(Duration::from_secs(1));
-            self.settle(exchange.conclude(Err(busy.into())));
+            self.settle(exchange.conclude(Err(busy)));
         }
         Ok(())
     }
@@ -777,29 +777,15 @@ fn fence(mut exchange: Exchange, handle: impl FnOnce(&mut Exchange) -> Outcome) 
     exchange.stream.socket.blocking = true;
     let outcome = match catch_unwind(AssertUnwindSafe(|| handle(&mut exchange))) {
         Ok(outcome) => outcome,
-        Err(_) if exchange.report.status == 0 => Err(Reply::internal().into()),
-        Err(_) => Err(Fault::Broken("a fault of ai-mux (panic)".into())),
+        Err(_) if exchange.report.status > 0 => Err(broken("a fault of ai-mux (panic)")),
+        Err(_) => Err(Reply::new(500, "a fault of ai-mux; its log says more")),
     };
     let concluded = catch_unwind(AssertUnwindSafe(|| exchange.conclude(outcome)));
     concluded.unwrap_or(None)
 }
 
-/// Whether a request has its whole answer from upstream.
-type Outcome = Result<(), Fault>;
-
-/// Why it has not.
-enum Fault {
-    /// Nothing was sent yet: the client is told.
-    Reply(Reply),
-    /// The answer had begun, or there is nobody to answer: the reason, for the log.
-    Broken(String),
-}
-
-impl From<Reply> for Fault {
-    fn from(reply: Reply) -> Fault {
-        Fault::Reply(reply)
-    }
-}
+/// Whether a request has its whole answer from upstream; if not, what the client is told instead.
+type Outcome = Result<(), Reply>;
 
 /// A client's request, from its head to its verdict.
 struct Exchange {
@@ -808,7 +794,7 @@ struct Exchange {
     /// What was read of the body, so that it can be sent a second time.
     held: Cursor<Vec<u8>>,
     /// Why reading the body failed: ureq shows only an error of its own.
-    fault: Option<Fault>,
+    fault: Option<Reply>,
     started: Instant,
     report: Report,
 }
@@ -845,8 +831,8 @@ impl Exchange {
         let (mut whole, mut ended) = (true, None);
         match outcome {
             Ok(()) => {}
-            Err(Fault::Broken(why)) => (whole, ended) = (false, Some(why)),
-            Err(Fault::Reply(reply)) => {
+            Err(end) if end.status == 0 => (whole, ended) = (false, Some(end.message)),
+            Err(reply) => {
                 last |= reply.status == 401;
                 let (bytes, length) = reply.to_bytes(self.head.method == "HEAD", last);
                 ended = Some(reply.message).filter(|_| reply.status != 200);
@@ -1862,7 +1848,7 @@ impl Upstream {
     }
 
     /// Asks upstream.
-    fn send(&self, url: &str, token: &Token, exchange: &mut Exchange) -> Result<Answer, Fault> {
+    fn send(&self, url: &str, token: &Token, exchange: &mut Exchange) -> Result<Answer, Reply> {
         let request = self.outgoing(url, token, &exchange.head)?;
         let answer = if request.headers().keys().any(is_framing) {
             let body = SendBody::from_reader(exchange);
@@ -1871,13 +1857,12 @@ impl Upstream {
             self.agent.run(request)
         };
         answer.map_err(|e| {
-            let name = self.provider.name;
-            let late = || format!("{name} did not answer within request_timeout");
-            let reply = match e {
-                ureq::Error::Timeout(_) => Reply::new(504, late()),
-                e => Reply::new(502, format!("{name} cannot be reached, or broke off: {e}")),
+            let (status, why) = match e {
+                ureq::Error::Timeout(_) => (504, "did not answer within request_timeout".into()),
+                e => (502, format!("cannot be reached, or broke off: {e}")),
             };
-            exchange.fault.take().unwrap_or(reply.into())
+            let reply = Reply::new(status, format!("{} {why}", self.provider.name));
+            exchange.fault.take().unwrap_or(reply)
         })
     }
 }
@@ -2168,7 +2153,7 @@ impl Stream {
     }
 
     /// Reads on in the gate, for one turn: the next head, once it is whole.
-    fn read_on(&mut self) -> Result<Option<Head>, Fault> {
+    fn read_on(&mut self) -> Result<Option<Head>, Reply> {
         self.recheck = false;
         for _ in 0..2 {
             let phase = (self.is_handshaking(), self.allowance());
@@ -2189,10 +2174,10 @@ impl Stream {
                 }
                 (Err(e), _) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
                 (Err(e), None) if e.kind() == ErrorKind::TimedOut && !self.buffered.is_empty() => {
-                    return Err(Reply::new(408, "the head came too slowly; send it at once").into());
+                    return Err(Reply::new(408, "the head came too slowly; send it at once"));
                 }
-                (Err(e), _) => return Err(Fault::Broken(e.to_string())),
-                (Ok(_), _) => return Err(Fault::Broken("it has ended".into())),
+                (Err(e), _) => return Err(broken(e.to_string())),
+                (Ok(_), _) => return Err(broken("it has ended")),
             }
         }
         self.recheck = true;
@@ -2237,7 +2222,7 @@ impl Stream {
 impl Exchange {
     /// Reads the body into memory, whole if it is small. A large one that says its size is not
     /// read at all; of one that does not, its beginning.
-    fn hold(&mut self) -> Result<(), Fault> {
+    fn hold(&mut self) -> Outcome {
         if self.head.body.left > HELD_SIZE {
             return Ok(());
         }
@@ -2266,12 +2251,12 @@ impl Read for Exchange {
             return Ok(count);
         }
         let fault = match self.read_body(out) {
-            Ok(_) if self.head.body.received > BODY_SIZE => body_too_large().into(),
+            Ok(_) if self.head.body.received > BODY_SIZE => body_too_large(),
             Ok(count) => return Ok(count),
             Err(e) => match e.kind() {
-                ErrorKind::TimedOut => Reply::new(408, "the body came too slowly").into(),
-                ErrorKind::InvalidData => malformed(&e.to_string()).into(),
-                _ => Fault::Broken("the client went away while it sent the body".into()),
+                ErrorKind::TimedOut => Reply::new(408, "the body came too slowly"),
+                ErrorKind::InvalidData => malformed(&e.to_string()),
+                _ => broken("the client went away while it sent the body"),
             },
         };
         self.fault = Some(fault);
@@ -2379,12 +2364,12 @@ fn chunk_line(source: &mut impl BufRead) -> io::Result<String> {
 
 /// Passes the answer down as it comes: each piece is written at once.
 fn relay(answer: Answer, exchange: &mut Exchange, silence: Duration) -> Outcome {
-    let gone = |e: io::Error| Fault::Broken(format!("the client went away, or took nothing: {e}"));
+    let gone = |e| broken(format!("the client went away, or took nothing: {e}"));
     let (parts, body) = answer.into_parts();
     let peer = exchange.stream.peer;
     debug!("peer={peer} answer: {}", shown(&parts.headers));
     if parts.status.is_informational() {
-        return Err(Reply::new(502, "upstream answered 101, which nobody asked for").into());
+        return Err(Reply::new(502, "upstream answered 101, though not asked"));
     }
     exchange.report.status = parts.status.as_u16();
     let request_id = parts.headers.get("request-id");
@@ -2421,11 +2406,11 @@ fn relay(answer: Answer, exchange: &mut Exchange, silence: Duration) -> Outcome 
     }
 }
 
-fn broken_off(e: io::Error) -> Fault {
-    Fault::Broken(match ureq::Error::from(e) {
-        ureq::Error::Timeout(_) => "upstream was silent for stream_idle_timeout".into(),
-        e => format!("upstream broke off: {e}"),
-    })
+fn broken_off(e: io::Error) -> Reply {
+    match ureq::Error::from(e) {
+        ureq::Error::Timeout(_) => broken("upstream was silent for stream_idle_timeout"),
+        e => broken(format!("upstream broke off: {e}")),
+    }
 }
 
 /// The answer's head, framed anew; and whether its body goes in chunks. HTTP/1.0 has none: there
@@ -2805,6 +2790,7 @@ fn whole_uri(text: &str) -> Option<http::Uri> {
 
 #[derive(Debug)]
 struct Reply {
+    /// 0: nobody hears it, it is only logged, as the connection is broken off.
     status: u16,
     message: String,
     retry_after: Option<Duration>,
@@ -2822,10 +2808,6 @@ impl Reply {
     fn retry_after(mut self, wait: Duration) -> Reply {
         self.retry_after = Some(wait);
         self
-    }
-
-    fn internal() -> Reply {
-        Reply::new(500, "a fault of ai-mux; its log says more")
     }
 
     /// The whole answer: head, and the body that both vendors' SDKs show; and that one's length.
@@ -2867,6 +2849,11 @@ impl Reply {
         );
         (text.into_bytes(), body.len() as u64)
     }
+}
+
+/// The answer has begun already, or there is nobody to answer.
+fn broken(why: impl Into<String>) -> Reply {
+    Reply::new(0, why)
 }
 
 fn malformed(why: &str) -> Reply {

@@ -29,8 +29,8 @@ pub fn head(bytes: &[u8]) -> Result<Option<(Admitted, usize)>, u16> {
     stream.buffered = bytes.to_vec();
     let head = match stream.read_on() {
         Ok(head) => head,
-        Err(Fault::Reply(reply)) => return Err(reply.status),
-        Err(Fault::Broken(why)) => panic!("{why}"),
+        Err(end) if end.status == 0 => panic!("{}", end.message),
+        Err(reply) => return Err(reply.status),
     };
     Ok(head.map(|head| {
         let admitted = Admitted {
