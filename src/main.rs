@@ -199,13 +199,11 @@ fn serve(config: Config) -> Result<(), String> {
     let mut gate = Gate::open(config)?;
     let served = gate.run();
     // What a keeper or a request that is cut short has begun is not lost.
-    let (finishing, finished) = mpsc::channel::<()>();
-    for upstream in &gate.proxy.upstreams {
-        let (credential, finishing) = (upstream.credential.clone(), finishing.clone());
-        let _ = spawn("finish", move || drop((credential.finish(), finishing)));
+    let credentials = gate.proxy.upstreams.iter().map(|u| &u.credential);
+    for credential in credentials.clone() {
+        lock(&credential.state).stopping = true;
     }
-    drop(finishing);
-    let _ = finished.recv_timeout(TOKEN_TIME);
+    credentials.for_each(|credential| credential.finish());
     info!("stopped");
     served
 }
@@ -272,16 +270,25 @@ struct Gate {
 type Verdict = Option<Stream>;
 
 impl Gate {
-    fn open(config: Config) -> Result<Gate, String> {
+    fn open(mut config: Config) -> Result<Gate, String> {
         let failed = |e: io::Error| format!("start: {e}");
         let (workers, capacity) = descriptors(config.workers.get().into());
+        let tls = config.tls.take();
         let refused = |e| format!("listen on {:?}: {e}", config.listen);
         let listener = listen(&config.listen).map_err(refused)?;
         let (wakes, waker) = UnixStream::pair().map_err(failed)?;
         let stopping = signals(&waker).map_err(failed)?;
         let (verdict, verdicts) = mpsc::channel();
-        let tls = config.tls.clone();
-        let proxy = Arc::new(Proxy::new(config, verdict, waker)?);
+        let (settings, roots) = (std::mem::take(&mut config.providers), roots()?);
+        let settings = settings.into_iter();
+        let upstreams = settings.map(|each| Upstream::new(each, &config, &roots));
+        let proxy = Arc::new(Proxy {
+            upstreams: upstreams.collect::<Result<_, _>>()?,
+            config,
+            parked: Mutex::default(),
+            verdict,
+            waker,
+        });
         let inner = |e| format!("a socket in state_dir or TMPDIR: {e}");
         let pool = Pool::start(&proxy, workers).map_err(inner)?;
         for upstream in &proxy.upstreams {
@@ -499,7 +506,6 @@ fn listen(addresses: &[SocketAddr]) -> io::Result<TcpListener> {
 }
 
 /// What clients see of us, and the files that it comes from: certificate and key.
-#[derive(Clone)]
 struct Tls {
     files: [PathBuf; 2],
     /// How they looked when they were last read.
@@ -857,18 +863,6 @@ impl Exchange {
 // and no worker, no byte of the body and no refresh is spent on what is refused anyway.
 
 impl Proxy {
-    fn new(config: Config, verdict: Sender<Verdict>, waker: UnixStream) -> Result<Proxy, String> {
-        let (providers, roots) = (config.providers.iter(), roots()?);
-        let upstreams = providers.map(|settings| Upstream::new(settings, &config, &roots));
-        Ok(Proxy {
-            upstreams: upstreams.collect::<Result<_, _>>()?,
-            config,
-            parked: Mutex::default(),
-            verdict,
-            waker,
-        })
-    }
-
     /// What the gate can tell by the head alone: a reply, or that it takes a worker.
     fn screen(&self, exchange: &mut Exchange) -> Result<(), Reply> {
         let (head, peer) = (&exchange.head, exchange.stream.peer);
@@ -951,7 +945,7 @@ impl Proxy {
             && !first.eq_ignore_ascii_case("oauth")
             && let Some(upstream) = self.upstreams.iter().find(|u| u.provider.name == name)
         {
-            let (base, prefix) = (&upstream.base_url, upstream.provider.prefix);
+            let (base, prefix) = (&upstream.settings.base_url, upstream.provider.prefix);
             let rest = &target[name.len() + "//v1/".len()..];
             return Ok((upstream, format!("{base}{prefix}{rest}")));
         }
@@ -1148,12 +1142,7 @@ impl Credential {
     /// The keeper: looks at the login every `interval`, and when there is something to try again.
     fn keep(&self) {
         while !lock(&self.state).stopping {
-            let look = || {
-                let turn = lock(&self.turn);
-                self.save(None);
-                self.refresh_if_due(turn, self.interval + TOKEN_MARGIN, None);
-            };
-            let _ = catch_unwind(AssertUnwindSafe(look));
+            let _ = catch_unwind(AssertUnwindSafe(|| self.look()));
             let state = lock(&self.state);
             let retry = state.refresh.failure.as_ref().and_then(|(_, until)| *until);
             let retry = retry.map(left_until).filter(|time| !time.is_zero());
@@ -1162,11 +1151,16 @@ impl Credential {
         }
     }
 
-    /// Lets no refresh begin, waits for one that runs, and writes what is unsaved.
-    fn finish(&self) {
-        lock(&self.state).stopping = true;
-        let _turn = lock(&self.turn);
+    /// After a refresh that runs, writes what is unsaved, and begins another where one is due.
+    fn look(&self) {
+        let turn = lock(&self.turn);
         self.save(None);
+        self.refresh_if_due(turn, self.interval + TOKEN_MARGIN, None);
+    }
+
+    /// At the end: waits for a refresh that runs, and writes what is unsaved.
+    fn finish(&self) {
+        self.look();
         if lock(&self.state).refresh.unsaved.is_some() {
             let (name, remedy) = (self.provider.name, self.remedy());
             error!("{name}: the new login could not be saved and is lost; {remedy}");
@@ -1758,24 +1752,18 @@ type Answer = http::Response<ureq::Body>;
 
 struct Upstream {
     provider: &'static Provider,
-    base_url: String,
-    headers: HeaderMap,
+    settings: ProviderSettings,
     agent: ureq::Agent,
     credential: Arc<Credential>,
 }
 
 impl Upstream {
-    fn new(
-        settings: &ProviderSettings,
-        config: &Config,
-        roots: &RootCerts,
-    ) -> Result<Upstream, String> {
+    fn new(settings: ProviderSettings, config: &Config, roots: &RootCerts) -> Result<Self, String> {
         let (provider, time) = (settings.provider, Some(config.request_timeout));
-        let (base_url, token_url) = (settings.base_url.clone(), settings.token_url.clone());
-        let calls = agent(config, roots, &token_url)?
+        let calls = agent(config, roots, &settings.token_url)?
             .timeout_global(Some(TOKEN_TIME))
             .max_idle_connections(0);
-        let requests = agent(config, roots, &base_url)?
+        let requests = agent(config, roots, &settings.base_url)?
             .timeout_resolve(time)
             .timeout_connect(time)
             .timeout_per_write(time)
@@ -1786,19 +1774,18 @@ impl Upstream {
         let connector = DefaultConnector::new().chain(IdleLimit(()));
         Ok(Upstream {
             provider,
-            base_url,
-            headers: settings.headers.clone(),
             agent: ureq::Agent::with_parts(requests.build(), connector, Lookup::default()),
             credential: Arc::new(Credential {
                 provider,
                 path: provider.path(&config.state_dir),
-                token_url,
+                token_url: settings.token_url.clone(),
                 agent: calls.build().new_agent(),
                 interval: config.refresh_check_interval,
                 turn: Mutex::default(),
                 state: Mutex::default(),
                 wake_keeper: Condvar::new(),
             }),
+            settings,
         })
     }
 
@@ -1822,14 +1809,16 @@ impl Upstream {
         if matches!(method, "POST" | "PUT" | "PATCH") && !headers.keys().any(is_framing) {
             headers.insert(CONTENT_LENGTH, 0.into());
         }
-        for (name, value) in &self.headers {
+        for (name, value) in &self.settings.headers {
             headers.insert(name, value.clone());
         }
         let bearer = format!("Bearer {}", token.access.expose());
         headers.insert(AUTHORIZATION, header_value(&bearer));
         if let Some(ours) = self.provider.beta {
-            let merged = merged_beta(headers, ours);
-            headers.insert("anthropic-beta", header_value(&merged));
+            let mut there = false;
+            let mut betas: Vec<_> = items(headers, "anthropic-beta").chain([ours]).collect();
+            betas.retain(|b| !b.is_empty() && (*b != ours || !std::mem::replace(&mut there, true)));
+            headers.insert("anthropic-beta", header_value(&betas.join(",")));
         } else if let Some(account) = &token.account {
             headers.insert("chatgpt-account-id", header_value(account.expose()));
         }
@@ -1967,17 +1956,6 @@ fn is_hop_by_hop(name: &str) -> bool {
     matches!(name, "connection" | "keep-alive" | "te" | "trailer")
         || matches!(name, "transfer-encoding" | "upgrade")
         || name.starts_with("proxy-")
-}
-
-/// The values of `anthropic-beta` in their order, with ours once.
-fn merged_beta(headers: &HeaderMap, ours: &str) -> String {
-    let mut merged = Vec::new();
-    for item in items(headers, "anthropic-beta").chain([ours]) {
-        if !item.is_empty() && (item != ours || !merged.contains(&ours)) {
-            merged.push(item);
-        }
-    }
-    merged.join(",")
 }
 
 // ─── stream ──────────────────────────────────────────────────────────────────────────────────
