@@ -57,7 +57,7 @@ use serde_yaml::{Mapping, Value as Yaml};
 use subtle::ConstantTimeEq;
 use tiny_http::Request;
 use ureq::http::header::{AUTHORIZATION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
-use ureq::http::{self, HeaderMap, HeaderName, HeaderValue};
+use ureq::http::{self, HeaderMap, HeaderName, HeaderValue, response::Parts};
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, Connector, DefaultConnector, NextTimeout, Transport,
@@ -923,15 +923,12 @@ impl Proxy {
         let mut given = bearers.chain(keys.map(HeaderValue::as_bytes));
         let token = given.next().unwrap_or_default();
         let agreed = given.all(|other| other == token);
-        let mut found = None;
-        for user in &self.config.users {
-            if user.token.expose().as_bytes().ct_eq(token).into() {
-                found = Some(user.name.as_str());
-            }
-        }
+        let same = |user: &&User| user.token.expose().as_bytes().ct_eq(token).into();
+        let found: Vec<_> = self.config.users.iter().filter(same).collect(); // no early end
         let right = "\"Authorization: Bearer TOKEN\" or \"x-api-key: TOKEN\"";
         let lack = || Reply::new(401, format!("wrong or no token; send yours as {right}"));
-        found.filter(|_| agreed).ok_or_else(lack)
+        let user = found.first().filter(|_| agreed).ok_or_else(lack)?;
+        Ok(&user.name)
     }
 
     /// The upstream for a target, and the URL there. Nothing is decoded, and no segment is
@@ -1239,13 +1236,9 @@ impl Credential {
         if !answer.status().is_success() {
             let json: Value = serde_json::from_slice(&text.unwrap_or_default()).unwrap_or_default();
             let word = error_word(&json);
-            let wait = (!provider.is_terminal(status, word)).then(|| wait.unwrap_or_default());
-            let word = if word.is_empty() {
-                ""
-            } else {
-                &format!(", {word}")
-            };
-            return Err((format!("{url} answered {status}{word}"), wait));
+            let wait = (!(provider.is_terminal)(status, word)).then(|| wait.unwrap_or_default());
+            let why = format!("{url} answered {status} {word}");
+            return Err((why.trim_end().into(), wait));
         }
         let text = text.map_err(|e| passing(&e))?;
         let found: Tokens = serde_json::from_slice(&text).unwrap_or_default();
@@ -1569,8 +1562,8 @@ struct Provider {
     beta: Option<&'static str>,
     client_id: &'static str,
     scope: Option<&'static str>,
-    /// The error words that end a login, with status 400 or 401; `None`: any 4xx but 408, 429.
-    terminal_errors: Option<&'static [&'static str]>,
+    /// Whether an answer with this status and error word ends a login.
+    is_terminal: fn(u16, &str) -> bool,
     file: &'static str,
     /// The file's object that holds the tokens (else the file itself does), and its keys for
     /// access token, refresh token and expiry.
@@ -1592,7 +1585,7 @@ static PROVIDERS: [Provider; 2] = [
         beta: Some("oauth-2025-04-20"),
         client_id: "9d1c250a-e61b-44d9-88ed-5944d1962f5e",
         scope: None,
-        terminal_errors: None,
+        is_terminal: |status, _| (400..500).contains(&status) && ![408, 429].contains(&status),
         file: ".credentials.json",
         object: "claudeAiOauth",
         keys: ["accessToken", "refreshToken", "expiresAt"],
@@ -1607,12 +1600,11 @@ static PROVIDERS: [Provider; 2] = [
         beta: None,
         client_id: "app_EMoamEEZ73f0CkXaXp7hrann",
         scope: Some("openid profile email"),
-        terminal_errors: Some(&[
-            "invalid_grant",
-            "refresh_token_expired",
-            "refresh_token_reused",
-            "refresh_token_invalidated",
-        ]),
+        is_terminal: |status, word| {
+            let spent = ["refresh_token_expired", "refresh_token_reused"].contains(&word);
+            let ended = ["invalid_grant", "refresh_token_invalidated"].contains(&word);
+            [400, 401].contains(&status) && (spent || ended)
+        },
         file: "auth.json",
         object: "tokens",
         keys: ["access_token", "refresh_token", "expires_at"],
@@ -1624,13 +1616,6 @@ static PROVIDERS: [Provider; 2] = [
 impl Provider {
     fn path(&self, state_dir: &Path) -> PathBuf {
         state_dir.join(self.name).join(self.file)
-    }
-
-    fn is_terminal(&self, status: u16, word: &str) -> bool {
-        match self.terminal_errors {
-            Some(words) => matches!(status, 400 | 401) && words.contains(&word),
-            None => matches!(status, 400..500) && !matches!(status, 408 | 429),
-        }
     }
 
     fn token_in(&self, json: &Value) -> Option<Token> {
@@ -2359,24 +2344,20 @@ fn relay(answer: Answer, exchange: &mut Exchange, silence: Duration) -> Outcome 
     if bodyless {
         return Ok(());
     }
-    // A chunk's size goes before the piece and CRLF behind it, so that it is one write.
-    const SIZE: usize = "4000\r\n".len();
-    let mut piece = vec![0; 2048]; // enough for most events; a large answer makes it grow
+    let mut room = vec![0; 2048]; // enough for most events; a large answer makes it grow
     let mut reader = body.into_reader();
     loop {
-        let room = piece.len() - 2;
         SILENCE_END.set(Some(Instant::now() + silence));
-        let count = reader.read(&mut piece[SIZE..room]).map_err(broken_off)?;
-        let end = SIZE + count;
-        if chunked {
-            let _ = write!(&mut piece[..SIZE], "{count:04x}\r\n"); // always fits
-            piece[end..end + 2].copy_from_slice(b"\r\n");
-        }
-        let framed = if chunked { 0..end + 2 } else { SIZE..end };
-        exchange.stream.write_piece(&piece[framed]).map_err(gone)?;
+        let count = reader.read(&mut room).map_err(broken_off)?;
+        let size = format!("{count:x}\r\n");
+        let framed: &[u8] = match chunked {
+            true => &[size.as_bytes(), &room[..count], b"\r\n"].concat(), // it is one write
+            false => &room[..count],
+        };
+        exchange.stream.write_piece(framed).map_err(gone)?;
         exchange.report.bytes += count as u64;
-        if end == room {
-            piece.resize(SIZE + PIECE_SIZE + 2, 0);
+        if count == room.len() {
+            room.resize(PIECE_SIZE, 0);
         }
         if count == 0 {
             return Ok(()); // and the chunk of no bytes was the last
@@ -2393,11 +2374,7 @@ fn broken_off(e: io::Error) -> Reply {
 
 /// The answer's head, framed anew; and whether its body goes in chunks. HTTP/1.0 has none: there
 /// the end of the connection is the end of a body without a size.
-fn answer_head(
-    parts: &http::response::Parts,
-    bodyless: bool,
-    request: &mut Head,
-) -> (Vec<u8>, bool) {
+fn answer_head(parts: &Parts, bodyless: bool, request: &mut Head) -> (Vec<u8>, bool) {
     let headers = &parts.headers;
     let sized = headers.contains_key(CONTENT_LENGTH) && Body::of(headers).is_ok();
     let chunked = !sized && !bodyless && !request.http10;
