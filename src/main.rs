@@ -442,7 +442,7 @@ impl Gate {
         while !self.queue.is_empty() && self.pool.ensure_free(&self.proxy) {
             lock(&self.proxy.parked).extend(self.queue.pop_front());
             self.pool.busy += 1;
-            self.pool.send_ticket()?;
+            self.pool.inner.write_all(TICKET)?;
         }
         while self.queue.front().is_some_and(|e| e.stream.is_due())
             && let Some(exchange) = self.queue.pop_front()
@@ -699,19 +699,19 @@ struct Pool {
 impl Pool {
     /// Starts tiny_http, and proves it by a first ticket.
     fn start(proxy: &Proxy, limit: usize) -> io::Result<Pool> {
-        let (listener, inner) = inner_connection(&proxy.config.state_dir)?;
+        let (listener, mut inner) = inner_connection(&proxy.config.state_dir)?;
         let server = tiny_http::Server::from_listener(listener, None);
-        let mut pool = Pool {
-            server: Arc::new(server.map_err(io::Error::other)?),
+        let server = Arc::new(server.map_err(io::Error::other)?);
+        inner.write_all(TICKET)?;
+        let ticket = server.recv_timeout(PICKUP_TIME)?;
+        drop(ticket.ok_or(ErrorKind::TimedOut)?.into_writer());
+        Ok(Pool {
+            server,
             inner,
             limit,
             running: 0,
             busy: 0,
-        };
-        pool.send_ticket()?;
-        let ticket = pool.server.recv_timeout(PICKUP_TIME)?;
-        drop(ticket.ok_or(ErrorKind::TimedOut)?.into_writer());
-        Ok(pool)
+        })
     }
 
     /// Whether a worker is free. More are started, as long as there may be, to have some to spare.
@@ -739,10 +739,6 @@ impl Pool {
     fn retire_idle(&mut self) {
         (self.busy..self.running).for_each(|_| self.server.unblock());
         self.running = self.busy;
-    }
-
-    fn send_ticket(&mut self) -> io::Result<()> {
-        self.inner.write_all(TICKET)
     }
 }
 
@@ -2007,10 +2003,7 @@ struct Stream {
 
 impl Read for Stream {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        if self.buffered.is_empty() {
-            return self.receive(out);
-        }
-        let count = self.buffered.as_slice().read(out)?;
+        let count = self.fill_buf()?.read(out)?;
         self.consume(count);
         Ok(count)
     }
@@ -2084,33 +2077,23 @@ impl Stream {
         left_until(self.due()).is_zero()
     }
 
-    fn receive(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let Some(tls) = &mut self.tls else {
-            return self.socket.read(out);
-        };
-        // Not rustls::Stream: it reads on for as long as records without data come.
-        loop {
-            let shaking = tls.is_handshaking();
-            let (count, _) = tls.complete_io(&mut self.socket)?;
-            match tls.reader().read(out) {
-                Err(e) if e.kind() == ErrorKind::WouldBlock => {
-                    self.partial |= count > 0 && !shaking;
-                    if !self.socket.blocking {
-                        return Err(e);
-                    }
-                }
-                outcome => {
-                    self.partial = false;
-                    return outcome;
-                }
-            }
-        }
-    }
-
     /// Takes in what has come, behind what was read ahead.
     fn fill(&mut self) -> io::Result<usize> {
         let mut chunk = [0; CHUNK_SIZE];
-        let count = self.receive(&mut chunk)?;
+        let count = loop {
+            let Some(tls) = &mut self.tls else {
+                break self.socket.read(&mut chunk)?;
+            };
+            // Not rustls::Stream: it reads on for as long as records without data come.
+            let shaking = tls.is_handshaking();
+            let (count, _) = tls.complete_io(&mut self.socket)?;
+            let read = tls.reader().read(&mut chunk);
+            let empty = matches!(&read, Err(e) if e.kind() == ErrorKind::WouldBlock);
+            self.partial = empty && (self.partial || count > 0 && !shaking);
+            if !empty || !self.socket.blocking {
+                break read?;
+            }
+        };
         self.buffered.extend_from_slice(&chunk[..count]);
         Ok(count)
     }
