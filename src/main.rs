@@ -1027,11 +1027,6 @@ struct Token {
 }
 
 impl Token {
-    /// Whether both are of one login, which no refresh has changed in between.
-    fn same_refresh_token(&self, other: &Option<Token>) -> bool {
-        other.as_ref().is_some_and(|t| t.refresh == self.refresh)
-    }
-
     /// Whether it is still good `margin` from now, by the wall clock.
     fn lasts(&self, margin: Duration) -> bool {
         let end = SystemTime::now() + margin;
@@ -1205,8 +1200,8 @@ impl Credential {
         let draft = Draft::new(&self.path).map_err(passing)?;
         // The new tokens are edited into this file; and a draft takes its time, in which another
         // tool may have been here: then its login holds.
-        let (_, json) = self.read().map_err(|e| passing(e.to_string()))?;
-        if self.provider.token_in(&json).as_ref() != Some(old) {
+        let (.., found) = self.read().map_err(|e| passing(e.to_string()))?;
+        if found != *old {
             return Ok(());
         }
         let new = self.request_token(old)?;
@@ -1228,20 +1223,19 @@ impl Credential {
         let mut answer = request.send(form.to_string()).map_err(|e| passing(&e))?;
         let (status, wait) = (answer.status().as_u16(), retry_after(answer.headers()));
         let body = answer.body_mut().with_config().limit(TOKEN_SIZE);
-        let text = body.read_to_vec();
+        let text = body.read_to_vec().unwrap_or_default();
         if !answer.status().is_success() {
-            let json: Value = serde_json::from_slice(&text.unwrap_or_default()).unwrap_or_default();
+            let json: Value = serde_json::from_slice(&text).unwrap_or_default();
             let word = error_word(&json);
             let wait = (!(provider.is_terminal)(status, word)).then(|| wait.unwrap_or_default());
             let why = format!("{url} answered {status} {word}");
             return Err((why.trim_end().into(), wait));
         }
-        let text = text.map_err(|e| passing(&e))?;
         let found: Tokens = serde_json::from_slice(&text).unwrap_or_default();
         let new = secret_in(&found.refresh_token);
         // What the answer leaves out stays as it was.
         let access = secret_in(&found.access_token).or(new.as_ref().map(|_| old.access.clone()));
-        let access = access.ok_or_else(|| passing(&"the answer holds no token"))?;
+        let access = access.ok_or_else(|| passing(&"its answer has no token, or no end"))?;
         let lifetime = found.expires_in.as_f64();
         let lifetime = lifetime.map(|seconds| seconds.clamp(LIFETIME_MIN, LIFETIME_MAX));
         let expires = lifetime.map(|s| SystemTime::now() + Duration::from_secs_f64(s));
@@ -1259,11 +1253,9 @@ impl Credential {
         let unsaved = lock(&self.state).refresh.unsaved.clone();
         let Some((old, new)) = unsaved else { return };
         let (name, first) = (self.provider.name, draft.is_some());
-        let draft = draft.map_or_else(|| Draft::new(&self.path), Ok);
-        let write = |draft| self.write(&old, &new, draft);
+        let saved = self.write(&old, &new, draft);
         // At once again: what another program did to it in just that moment is over.
-        let again = |_| Draft::new(&self.path).and_then(write);
-        let saved = draft.and_then(write).or_else(again);
+        let saved = saved.or_else(|_| self.write(&old, &new, None));
         let mut state = self.reload(true);
         if first {
             info!("{name}: refreshed");
@@ -1278,7 +1270,7 @@ impl Credential {
         }
         match saved {
             Ok(token) => {
-                state.token = token;
+                state.token = Some(token);
                 (state.refresh.unsaved, state.refresh.failure) = (None, None);
                 state.refresh.backoff = Duration::ZERO;
             }
@@ -1291,14 +1283,15 @@ impl Credential {
     }
 
     /// Writes a new token into the file, unless that has a newer login; and what it has then.
-    fn write(&self, old: &Token, new: &Token, draft: Draft) -> Result<Option<Token>, String> {
+    fn write(&self, old: &Token, new: &Token, draft: Option<Draft>) -> Result<Token, String> {
         let failed = |e: io::Error| format!("write {}: {e}", self.path.display());
-        let (read, mut json) = self.read().map_err(failed)?;
-        if old.same_refresh_token(&self.provider.token_in(&json)) {
+        let draft = draft.map_or_else(|| Draft::new(&self.path), Ok)?;
+        let (read, mut json, found) = self.read().map_err(failed)?;
+        if found.refresh == old.refresh {
             self.provider.edit(&mut json, new);
             draft.publish(&json, read).map_err(failed)?;
         }
-        Ok(self.provider.token_in(&json))
+        Ok(self.provider.token_in(&json).unwrap_or(found))
     }
 
     /// Adopts what is new on disk. `anyway` reads the file even if it seems unchanged. Small and
@@ -1309,38 +1302,34 @@ impl Credential {
             return state;
         }
         state.settled = false;
-        let found = self.read().and_then(|(stamp, json)| {
-            let token = self.provider.token_in(&json);
-            let token = token.ok_or_else(|| self.lack(ErrorKind::NotFound, "holds no login"))?;
+        let found = self.read().map(|(stamp, _, token)| {
             state.settled = stamp.2.elapsed().is_ok_and(|age| age > SETTLE_TIME);
             // A change of the file is worth another try, but not one of its mode.
             let content = |stamp: Stamp| (stamp.0, stamp.2);
             if state.seen.replace(stamp).map(content) != Some(content(stamp)) {
                 state.refresh.failure.take_if(|(_, until)| until.is_none());
             }
-            Ok(token)
+            token
         });
-        let unsaved = state.refresh.unsaved.is_some();
-        // The only copy of a new login goes with a log-out, not with what may be mended.
-        let lasting = |kind| match kind {
-            ErrorKind::NotFound if unsaved => self.path.parent().is_some_and(Path::exists),
-            ErrorKind::NotFound | ErrorKind::NotADirectory => !unsaved,
-            ErrorKind::PermissionDenied | ErrorKind::InvalidInput => !unsaved,
-            _ => false,
-        };
-        let kept = state.token.is_some() || unsaved;
         let told = std::mem::take(&mut state.trouble);
+        let only_copy = state.refresh.unsaved.is_some();
+        // That of a new login goes with a log-out, not with what may be mended.
+        let kept = |e: &io::Error| match e.kind() {
+            ErrorKind::NotFound => only_copy && !self.path.parent().is_some_and(Path::exists),
+            ErrorKind::NotADirectory | ErrorKind::InvalidInput => only_copy,
+            ErrorKind::PermissionDenied => only_copy,
+            _ => state.token.is_some() || only_copy,
+        };
         match found {
             Ok(token) => self.adopt(&mut state, Some(token), None),
-            // A file half written is no log-out: ours stays, which may be the only copy.
-            Err(e) if kept && e.kind() == ErrorKind::InvalidData => {}
-            Err(e) if kept && !lasting(e.kind()) => {
+            Err(e) if !kept(&e) => self.adopt(&mut state, None, Some((e.to_string(), None))),
+            Err(e) if e.kind() == ErrorKind::InvalidData => {} // half written, it is no log-out
+            Err(e) => {
                 state.trouble = e.to_string();
                 if state.trouble != told {
                     warn!("{}: {e}", self.provider.name);
                 }
             }
-            Err(e) => self.adopt(&mut state, None, Some((e.to_string(), None))),
         }
         state
     }
@@ -1348,11 +1337,11 @@ impl Credential {
     /// Takes a login, or why there is none, unless it is the known one, or older than ours, or
     /// ours on its way to the disk.
     fn adopt(&self, state: &mut State, token: Option<Token>, failure: Option<Outage>) {
-        let name = self.provider.name;
-        let known = token == state.token && (token.is_some() || failure == state.refresh.failure);
+        let (name, refresh) = (self.provider.name, token.as_ref().map(|t| &t.refresh));
         let known = match &state.refresh.unsaved {
-            Some((old, new)) => old.same_refresh_token(&token) || new.same_refresh_token(&token),
-            None => known,
+            Some((old, new)) => [Some(&old.refresh), Some(&new.refresh)].contains(&refresh),
+            None if token.is_some() => token == state.token,
+            None => state.token.is_none() && failure == state.refresh.failure,
         };
         if known {
             return;
@@ -1369,21 +1358,12 @@ impl Credential {
     /// What the file holds, if it is ours to use, else why not and what to do: `InvalidData` if
     /// it is not whole, or being written; `NotFound`, `InvalidInput` or `PermissionDenied` if that
     /// will last.
-    fn read(&self) -> io::Result<(Stamp, Value)> {
-        let user = rustix::process::geteuid().as_raw();
-        let folder = self.folder();
-        let remedy = format!("(chown -RH {user} {folder} && chmod -R u+rwX {folder})");
-        let failed = |e: io::Error| match e.kind() {
-            kind @ ErrorKind::NotFound => self.lack(kind, "is not there"),
-            kind @ ErrorKind::PermissionDenied => {
-                self.lack(kind, &format!("cannot be read: {e} {remedy}"))
-            }
-            kind => self.lack(kind, &format!("cannot be read: {e}")),
-        };
+    fn read(&self) -> io::Result<(Stamp, Value, Token)> {
+        let failed = |e: io::Error| self.lack(e.kind(), &format!("cannot be read: {e}"));
         let meta = fs::metadata(&self.path).map_err(failed)?;
-        if meta.uid() != user {
-            let what = format!("is user {}'s, not ai-mux's {remedy}", meta.uid());
-            return Err(self.lack(ErrorKind::InvalidInput, &what));
+        if meta.uid() != rustix::process::geteuid().as_raw() {
+            let what = format!("is user {}'s, not ai-mux's", meta.uid());
+            return Err(self.lack(ErrorKind::PermissionDenied, &what));
         }
         if !meta.is_file() || meta.len() > FILE_SIZE {
             return Err(self.lack(ErrorKind::InvalidInput, "is no credential file"));
@@ -1398,14 +1378,21 @@ impl Credential {
         }
         let before = stamp(&self.path);
         let bytes = fs::read(&self.path).map_err(failed)?;
-        match (before, serde_json::from_slice(&bytes)) {
-            (Some(before), Ok(json)) if stamp(&self.path) == Some(before) => Ok((before, json)),
-            _ => Err(self.lack(ErrorKind::InvalidData, "is not whole JSON, as yet")),
-        }
+        let json = serde_json::from_slice(&bytes).ok();
+        let json = json.filter(|_| stamp(&self.path) == before);
+        let torn = || self.lack(ErrorKind::InvalidData, "is not whole JSON, as yet");
+        let (read, json) = before.zip(json).ok_or_else(torn)?;
+        let empty = || self.lack(ErrorKind::NotFound, "holds no login");
+        let token = self.provider.token_in(&json).ok_or_else(empty)?;
+        Ok((read, json, token))
     }
 
     fn lack(&self, kind: ErrorKind, what: &str) -> io::Error {
-        let (name, remedy) = (self.path.display(), self.remedy());
+        let (name, folder, mut remedy) = (self.path.display(), self.folder(), self.remedy());
+        if kind == ErrorKind::PermissionDenied {
+            let user = rustix::process::geteuid().as_raw();
+            remedy += &format!(", or: chown -RH {user} {folder} && chmod -R u+rwX {folder}");
+        }
         io::Error::new(kind, format!("{name} {what}; {remedy}"))
     }
 
@@ -1438,12 +1425,11 @@ impl Draft {
         let failed =
             |e| format!("{name} cannot be replaced: {e}; its folder must be writable, with room");
         let target = path.canonicalize().map_err(failed)?;
+        let seen = stamp(&target);
         let lock = File::open(&target).map_err(failed)?;
-        let inode = |meta: fs::Metadata| (meta.dev(), meta.ino());
         // Some network file systems have no such locks.
         let taken = matches!(lock.try_lock(), Err(fs::TryLockError::WouldBlock));
-        let same = lock.metadata().map(inode).ok() == fs::metadata(&target).map(inode).ok();
-        if taken || !same {
+        if taken || stamp(&target) != seen {
             return Err(format!("{name} is locked by another program; stop it"));
         }
         let path = PathBuf::from([target.as_os_str(), "ai-mux-new".as_ref()].join(".".as_ref()));
@@ -2327,20 +2313,20 @@ fn relay(answer: Answer, exchange: &mut Exchange, silence: Duration) -> Outcome 
     if bodyless {
         return Ok(());
     }
-    let mut room = vec![0; 2048]; // enough for most events; a large answer makes it grow
+    let mut piece = vec![0; 2048]; // enough for most events; a large answer makes it grow
     let mut reader = body.into_reader();
     loop {
         SILENCE_END.set(Some(Instant::now() + silence));
-        let count = reader.read(&mut room).map_err(broken_off)?;
+        let count = reader.read(&mut piece).map_err(broken_off)?;
         let size = format!("{count:x}\r\n");
         let framed: &[u8] = match chunked {
-            true => &[size.as_bytes(), &room[..count], b"\r\n"].concat(), // it is one write
-            false => &room[..count],
+            true => &[size.as_bytes(), &piece[..count], b"\r\n"].concat(), // it is one write
+            false => &piece[..count],
         };
         exchange.stream.write_piece(framed).map_err(gone)?;
         exchange.report.bytes += count as u64;
-        if count == room.len() {
-            room.resize(PIECE_SIZE, 0);
+        if count == piece.len() {
+            piece.resize(PIECE_SIZE, 0);
         }
         if count == 0 {
             return Ok(()); // and the chunk of no bytes was the last
