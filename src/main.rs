@@ -580,8 +580,12 @@ fn lists(fields: &HeaderMap, name: &str, item: &str) -> bool {
 }
 
 impl Head {
-    /// The head at the start of `bytes` and its length, once it is whole.
-    fn parse(bytes: &[u8]) -> Result<Option<(Head, usize)>, Reply> {
+    /// Takes the head at the start of `bytes`, once it is whole.
+    fn take(bytes: &mut Vec<u8>) -> Result<Option<Head>, Reply> {
+        // One empty line before a request is nothing (RFC 9112 section 2.2).
+        if bytes.starts_with(b"\r\n") {
+            bytes.drain(..2);
+        }
         let mut fields = [httparse::EMPTY_HEADER; FIELD_COUNT];
         let mut request = httparse::Request::new(&mut fields);
         let large = |head: &[u8]| {
@@ -605,10 +609,9 @@ impl Head {
         for field in request.headers.iter() {
             let name = HeaderName::try_from(field.name).ok();
             let value = HeaderValue::from_bytes(field.value.trim_ascii()).ok();
-            let value = value.filter(|value| value.to_str().is_ok());
-            let field = name.zip(value);
-            let (name, value) =
-                field.ok_or_else(|| malformed("a header has no valid name or value"))?;
+            let field = name.zip(value.filter(|value| value.to_str().is_ok()));
+            let wrong = || malformed("a header has no valid name or value");
+            let (name, value) = field.ok_or_else(wrong)?;
             fields.append(name, value);
         }
         let http10 = request.version == Some(0);
@@ -622,7 +625,8 @@ impl Head {
             fields,
         };
         head.check().map_err(malformed)?;
-        Ok(Some((head, length)))
+        *bytes = bytes.split_off(length); // an idle connection holds no buffer
+        Ok(Some(head))
     }
 
     /// What makes no request that could be passed on, although each part is right.
@@ -815,14 +819,12 @@ struct Report {
 
 impl Exchange {
     fn new(stream: Stream, head: Head) -> Exchange {
-        // With the first byte of its head.
-        let started = stream.socket.deadline - HEAD_TIME;
         Exchange {
+            started: stream.socket.deadline - HEAD_TIME, // with the first byte of its head
             stream,
             head,
             held: Cursor::default(),
             fault: None,
-            started,
             report: Report::default(),
         }
     }
@@ -938,7 +940,8 @@ impl Proxy {
             && !first.eq_ignore_ascii_case("oauth")
             && let Some(upstream) = self.upstreams.iter().find(|u| u.provider.name == name)
         {
-            let (base, prefix) = (&upstream.settings.base_url, upstream.provider.prefix);
+            let base = upstream.settings.base_url.trim_end_matches('/');
+            let prefix = upstream.provider.prefix;
             let rest = &target[name.len() + "//v1/".len()..];
             return Ok((upstream, format!("{base}{prefix}{rest}")));
         }
@@ -1763,9 +1766,8 @@ impl Upstream {
         let mut request = request.map_err(|_| malformed("it cannot be passed on"))?;
         let headers = request.headers_mut();
         for (name, value) in &head.fields {
-            let dropped =
-                self.is_dropped(name.as_str()) || lists(&head.fields, "connection", name.as_str());
-            if !dropped || name == CONTENT_LENGTH {
+            let for_us = lists(&head.fields, "connection", name.as_str());
+            if name == CONTENT_LENGTH || !for_us && !self.is_dropped(name.as_str()) {
                 headers.append(name, value.clone());
             }
         }
@@ -1828,13 +1830,10 @@ impl Upstream {
 #[derive(Debug, Default)]
 struct Lookup(Mutex<Option<(Option<String>, Instant, ResolvedSocketAddrs)>>);
 
+type Found = Result<ResolvedSocketAddrs, ureq::Error>;
+
 impl Resolver for Lookup {
-    fn resolve(
-        &self,
-        uri: &http::Uri,
-        config: &ureq::config::Config,
-        time: NextTimeout,
-    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
+    fn resolve(&self, uri: &http::Uri, config: &ureq::config::Config, time: NextTimeout) -> Found {
         let name = uri.scheme().zip(uri.authority());
         let name = name.and_then(|(s, a)| DefaultResolver::host_and_port(s, a));
         let known = lock(&self.0).clone().filter(|(of, ..)| *of == name);
@@ -2010,12 +2009,11 @@ impl BufRead for Stream {
 
 impl Stream {
     fn new(tcp: TcpStream, peer: SocketAddr, tls: Option<rustls::ServerConnection>) -> Stream {
-        let (deadline, blocking) = (Instant::now(), false);
         let stream = Stream {
             socket: Socket {
                 tcp,
-                deadline,
-                blocking,
+                deadline: Instant::now(),
+                blocking: false,
             },
             peer,
             tls: tls.map(Box::new),
@@ -2052,11 +2050,8 @@ impl Stream {
 
     /// When the gate looks at it even if its socket is silent.
     fn due(&self) -> Instant {
-        if self.recheck {
-            Instant::now()
-        } else {
-            self.socket.deadline
-        }
+        let now = self.recheck.then(Instant::now);
+        now.unwrap_or(self.socket.deadline)
     }
 
     fn is_due(&self) -> bool {
@@ -2090,7 +2085,7 @@ impl Stream {
         for _ in 0..2 {
             let phase = (self.is_handshaking(), self.allowance());
             if self.draining.is_none()
-                && let Some(head) = self.head()?
+                && let Some(head) = Head::take(&mut self.buffered)?
             {
                 return Ok(Some(head));
             }
@@ -2114,19 +2109,6 @@ impl Stream {
         }
         self.recheck = true;
         Ok(None)
-    }
-
-    /// The head at the start of what was read ahead, once it is whole.
-    fn head(&mut self) -> Result<Option<Head>, Reply> {
-        // One empty line before a request is nothing (RFC 9112 section 2.2).
-        if self.buffered.starts_with(b"\r\n") {
-            self.consume(2);
-        }
-        let Some((head, length)) = Head::parse(&self.buffered)? else {
-            return Ok(None);
-        };
-        self.consume(length);
-        Ok(Some(head))
     }
 
     fn write_piece(&mut self, piece: &[u8]) -> io::Result<()> {
@@ -2235,9 +2217,8 @@ impl Body {
     /// How much longer it may be waited for: only time spent waiting for the client counts.
     fn patience(&self) -> Duration {
         let earned = Duration::from_millis(self.received * 1000 / BODY_RATE);
-        (BODY_GRACE + earned)
-            .saturating_sub(self.waited)
-            .min(PIECE_TIME)
+        let left = (BODY_GRACE + earned).saturating_sub(self.waited);
+        left.min(PIECE_TIME)
     }
 
     fn read(&mut self, source: &mut impl BufRead, out: &mut [u8]) -> io::Result<usize> {
@@ -2263,19 +2244,16 @@ impl Body {
         }
         let line = chunk_line(source)?;
         let size = line.split(';').next().unwrap_or_default();
-        // Rust's parser would take a sign.
-        let digits = size.bytes().all(|b| b.is_ascii_hexdigit());
-        let size = u64::from_str_radix(size, 16).ok().filter(|_| digits);
+        let signed = size.starts_with('+'); // which Rust's parser would take
+        let size = u64::from_str_radix(size, 16).ok().filter(|_| !signed);
         self.left = size.ok_or_else(|| invalid("a chunk's size is not a number"))?;
-        let mut trailers = 0;
-        while self.left == 0 && !chunk_line(source)?.is_empty() {
-            trailers += 1;
-            if trailers > FIELD_COUNT {
-                return Err(invalid("there are too many trailers"));
+        for _ in 0..=FIELD_COUNT {
+            if self.left > 0 || chunk_line(source)?.is_empty() {
+                self.chunked = self.left > 0; // not before: what is broken never counts as read
+                return Ok(());
             }
         }
-        self.chunked = self.left > 0; // not before: what is broken is never read to its end
-        Ok(())
+        Err(invalid("there are too many trailers"))
     }
 }
 
@@ -2474,7 +2452,6 @@ impl Config {
     fn read(file: Yaml) -> Result<Config, String> {
         let raw: RawConfig = parse(file)?;
         let (silence, interval) = (raw.stream_idle_timeout, raw.refresh_check_interval);
-        let state_dir = field("state_dir", raw.state_dir, "~/.ai-mux", FOLDER)?;
         let providers = raw.providers.unwrap_or_default().into_iter();
         let providers: Vec<_> = providers.map(provider).collect::<Result<_, _>>()?;
         if let Some(again) = repeated(&providers, |a, b| a.provider.name == b.provider.name) {
@@ -2488,7 +2465,7 @@ impl Config {
         }
         Ok(Config {
             listen: field("listen", raw.listen, ":8080", ADDRESSES)?,
-            state_dir,
+            state_dir: field("state_dir", raw.state_dir, "~/.ai-mux", FOLDER)?,
             log_level: field("log_level", raw.log_level, "info", LEVEL)?,
             providers,
             users,
@@ -2518,9 +2495,7 @@ fn provider(mut entry: Yaml) -> Result<ProviderSettings, String> {
     Ok(ProviderSettings {
         provider,
         headers: headers(raw.headers.unwrap_or_default())?,
-        base_url: field("base_url", raw.base_url, provider.base_url, URL)?
-            .trim_end_matches('/')
-            .into(),
+        base_url: field("base_url", raw.base_url, provider.base_url, URL)?,
         token_url: field("token_url", raw.token_url, provider.token_url, URL)?,
     })
 }
