@@ -999,24 +999,19 @@ struct State {
     settled: bool,
     /// What keeps the file from being read, once that was told.
     trouble: String,
-    refresh: Refresh,
+    /// When the present login was last refreshed.
+    refreshed: Option<SystemTime>,
+    /// The last wait after a failure to do so.
+    backoff: Duration,
+    failure: Option<Outage>,
+    /// The token that was spent, and what it brought, if that is not on disk yet.
+    unsaved: Option<(Token, Token)>,
     /// No refresh begins any more.
     stopping: bool,
 }
 
 /// Why there is no new token, and when to try again: `None` is when the file changes.
 type Outage = (String, Option<Instant>);
-
-/// How refreshing the present login went so far.
-#[derive(Default)]
-struct Refresh {
-    succeeded: Option<SystemTime>,
-    /// The last wait after a failure.
-    backoff: Duration,
-    failure: Option<Outage>,
-    /// The token that was spent, and what it brought, if that is not on disk yet.
-    unsaved: Option<(Token, Token)>,
-}
 
 #[derive(Clone, PartialEq)]
 struct Token {
@@ -1056,13 +1051,13 @@ impl State {
     /// that is in the past by our clock, is reason for another.
     fn is_young(&self) -> bool {
         let young = |at: SystemTime| at.elapsed().is_ok_and(|age| age < TOKEN_MARGIN);
-        self.refresh.succeeded.is_some_and(young)
+        self.refreshed.is_some_and(young)
     }
 
     /// The token, if it must be refreshed, `margin` before its end, and may be now.
     fn due(&self, margin: Duration, rejected: Option<&Secret>) -> Option<&Token> {
         let token = self.token.as_ref()?;
-        let waits = match &self.refresh.failure {
+        let waits = match &self.failure {
             Some((_, until)) => until.is_none_or(|at| !left_until(at).is_zero()),
             None => self.is_young(),
         };
@@ -1100,7 +1095,7 @@ impl Credential {
         }
         let dead = |why: &str| Reply::new(503, format!("ai-mux has no login to use: {why}"));
         let usable = |t: &&Token| t.lasts(Duration::ZERO) || state.is_young();
-        match (&state.refresh.failure, state.token.as_ref().filter(usable)) {
+        match (&state.failure, state.token.as_ref().filter(usable)) {
             (Some((why, None)), _) => Err(dead(why)),
             (_, Some(token)) => Ok(token.clone()),
             (Some((why, Some(until))), None) => {
@@ -1124,8 +1119,8 @@ impl Credential {
 
     fn is_ready(&self) -> bool {
         let state = self.reload(false);
-        let fine = state.refresh.failure.is_none();
-        let dead = matches!(state.refresh.failure, Some((_, None)));
+        let fine = state.failure.is_none();
+        let dead = matches!(state.failure, Some((_, None)));
         let usable = |t: &Token| t.lasts(Duration::ZERO) || t.refresh.is_some() && fine;
         !dead && state.token.as_ref().is_some_and(usable)
     }
@@ -1135,7 +1130,7 @@ impl Credential {
         while !lock(&self.state).stopping {
             let _ = catch_unwind(AssertUnwindSafe(|| self.look()));
             let state = lock(&self.state);
-            let retry = state.refresh.failure.as_ref().and_then(|(_, until)| *until);
+            let retry = state.failure.as_ref().and_then(|(_, until)| *until);
             let retry = retry.map(left_until).filter(|time| !time.is_zero());
             let time = retry.map_or(self.interval, |time| time.min(self.interval));
             drop(self.wake_keeper.wait_timeout(state, time));
@@ -1152,7 +1147,7 @@ impl Credential {
     /// At the end: waits for a refresh that runs, and writes what is unsaved.
     fn finish(&self) {
         self.look();
-        if lock(&self.state).refresh.unsaved.is_some() {
+        if lock(&self.state).unsaved.is_some() {
             let (name, remedy) = (self.provider.name, self.remedy());
             error!("{name}: the new login could not be saved and is lost; {remedy}");
         }
@@ -1167,37 +1162,33 @@ impl Credential {
                 // Another tool may have refreshed meanwhile; then its login is the newer one.
                 let mut state = self.reload(true);
                 if state.token.as_ref() == Some(&old) {
-                    self.fail(&mut state.refresh, why, least);
+                    self.fail(&mut state, why, least);
                 }
             }
         }
     }
 
     /// Notes a failure: for `least` or the back-off, whichever is longer, or until the file changes.
-    fn fail(&self, refresh: &mut Refresh, why: String, least: Option<Duration>) {
+    fn fail(&self, state: &mut State, why: String, least: Option<Duration>) {
         let (name, remedy) = (self.provider.name, self.remedy());
         let Some(least) = least else {
             error!("{name}: refresh: {why}; it is down until its file changes; {remedy}");
-            refresh.failure = Some((format!("{why}; {remedy}"), None));
+            state.failure = Some((format!("{why}; {remedy}"), None));
             return;
         };
-        refresh.backoff = (refresh.backoff * 2).clamp(BACKOFF_MIN, BACKOFF_MAX);
-        let time = refresh.backoff.max(least).min(RETRY_AFTER_MAX);
-        let unsaved = refresh.unsaved.is_some();
+        state.backoff = (state.backoff * 2).clamp(BACKOFF_MIN, BACKOFF_MAX);
+        let time = state.backoff.max(least).min(RETRY_AFTER_MAX);
+        let (seconds, unsaved) = (time.as_secs(), state.unsaved.is_some());
         let level = if unsaved { Level::Error } else { Level::Warn };
-        log!(
-            level,
-            "{name}: refresh: {why}; next try in {}s",
-            time.as_secs()
-        );
-        refresh.failure = Some((why, Some(Instant::now() + time)));
+        log!(level, "{name}: refresh: {why}; next try in {seconds}s");
+        state.failure = Some((why, Some(Instant::now() + time)));
         self.wake_keeper.notify_all();
     }
 
     /// Spends a refresh token, but first finds out what could keep its yield from being saved.
     fn refresh(&self, old: &Token) -> Result<(), RefreshError> {
         let passing = |why| (why, Some(Duration::ZERO));
-        if lock(&self.state).refresh.unsaved.is_some() {
+        if lock(&self.state).unsaved.is_some() {
             return Err(passing("the last one is not on disk yet".into()));
         }
         let draft = Draft::new(&self.path).map_err(passing)?;
@@ -1208,7 +1199,7 @@ impl Credential {
             return Ok(());
         }
         let new = self.request_token(old)?;
-        lock(&self.state).refresh.unsaved = Some((old.clone(), new));
+        lock(&self.state).unsaved = Some((old.clone(), new));
         self.save(Some(draft));
         Ok(())
     }
@@ -1253,7 +1244,7 @@ impl Credential {
 
     /// Puts what is unsaved on disk, then into use; or only into use, if that fails.
     fn save(&self, draft: Option<Draft>) {
-        let unsaved = lock(&self.state).refresh.unsaved.clone();
+        let unsaved = lock(&self.state).unsaved.clone();
         let Some((old, new)) = unsaved else { return };
         let (name, first) = (self.provider.name, draft.is_some());
         let saved = self.write(&old, &new, draft);
@@ -1263,24 +1254,24 @@ impl Credential {
         if first {
             info!("{name}: refreshed");
         }
-        if state.refresh.unsaved.is_none() {
+        if state.unsaved.is_none() {
             return; // a login of the file's own, or a log-out, has won
         }
         if first {
-            state.refresh.succeeded = Some(SystemTime::now());
+            state.refreshed = Some(SystemTime::now());
         } else if saved.is_ok() {
             info!("{name}: the new login is on disk");
         }
         match saved {
             Ok(token) => {
                 state.token = Some(token);
-                (state.refresh.unsaved, state.refresh.failure) = (None, None);
-                state.refresh.backoff = Duration::ZERO;
+                (state.unsaved, state.failure) = (None, None);
+                state.backoff = Duration::ZERO;
             }
             Err(why) => {
                 state.token = Some(new);
                 let why = format!("the new login is in memory only: {why}");
-                self.fail(&mut state.refresh, why, Some(Duration::ZERO));
+                self.fail(&mut state, why, Some(Duration::ZERO));
             }
         }
     }
@@ -1310,12 +1301,12 @@ impl Credential {
             // A change of the file is worth another try, but not one of its mode.
             let content = |stamp: Stamp| (stamp.0, stamp.2);
             if state.seen.replace(stamp).map(content) != Some(content(stamp)) {
-                state.refresh.failure.take_if(|(_, until)| until.is_none());
+                state.failure.take_if(|(_, until)| until.is_none());
             }
             token
         });
         let told = std::mem::take(&mut state.trouble);
-        let only_copy = state.refresh.unsaved.is_some();
+        let only_copy = state.unsaved.is_some();
         // That of a new login goes with a log-out, not with what may be mended.
         let kept = |e: &io::Error| match e.kind() {
             ErrorKind::NotFound => only_copy && !self.path.parent().is_some_and(Path::exists),
@@ -1341,10 +1332,10 @@ impl Credential {
     /// ours on its way to the disk.
     fn adopt(&self, state: &mut State, token: Option<Token>, failure: Option<Outage>) {
         let (name, refresh) = (self.provider.name, token.as_ref().map(|t| &t.refresh));
-        let known = match &state.refresh.unsaved {
+        let known = match &state.unsaved {
             Some((old, new)) => [Some(&old.refresh), Some(&new.refresh)].contains(&refresh),
             None if token.is_some() => token == state.token,
-            None => state.token.is_none() && failure == state.refresh.failure,
+            None => state.token.is_none() && failure == state.failure,
         };
         if known {
             return;
@@ -1353,9 +1344,8 @@ impl Credential {
             None => info!("{name}: login read from {}", self.path.display()),
             Some((why, _)) => warn!("{name}: {why}"),
         }
-        state.token = token;
-        state.refresh = Refresh::default();
-        state.refresh.failure = failure;
+        (state.token, state.failure) = (token, failure);
+        (state.refreshed, state.backoff, state.unsaved) = (None, Duration::ZERO, None);
     }
 
     /// What the file holds, if it is ours to use, else why not and what to do: `InvalidData` if
