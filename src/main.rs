@@ -518,14 +518,13 @@ impl Tls {
         let seen = files.each_ref().map(|file| stamp(file));
         let [cert, key] = &files;
         let chain = certificates(cert).map_err(|e| format!("cert_path: {e}"))?;
-        let wrong = |why: &dyn Display| format!("key_path: {}: {why}", key.display());
+        let (cert, name) = (cert.display(), key.display());
         // The parser's own error could quote the key.
-        let pem = PrivateKeyDer::from_pem_file(key);
-        let pem = pem.map_err(|_| wrong(&"found no private key, expected PEM"))?;
+        let none = |_| format!("key_path: {name}: found no private key, expected PEM");
+        let pem = PrivateKeyDer::from_pem_file(key).map_err(none)?;
         let config = rustls::ServerConfig::builder().with_no_client_auth();
-        let config = config.with_single_cert(chain, pem);
-        let other = |e| wrong(&format!("is not the key of {}: {e}", cert.display()));
-        let mut config = config.map_err(other)?;
+        let other = |e| format!("key_path: {name}: is not the key of {cert}: {e}");
+        let mut config = config.with_single_cert(chain, pem).map_err(other)?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(Tls {
             files,
@@ -1265,8 +1264,7 @@ impl Credential {
         match saved {
             Ok(token) => {
                 state.token = Some(token);
-                (state.unsaved, state.failure) = (None, None);
-                state.backoff = Duration::ZERO;
+                (state.unsaved, state.failure, state.backoff) = (None, None, Duration::ZERO);
             }
             Err(why) => {
                 state.token = Some(new);
@@ -2549,21 +2547,17 @@ fn unquoted(e: impl Display) -> String {
 
 /// Which part of the file has the wrong shape, without what could be a secret.
 fn field_error(e: serde_path_to_error::Error<serde_yaml::Error>) -> String {
-    let (mut path, mut why) = (e.path().to_string(), e.inner().to_string());
-    if path == "." || path.contains("users") || path.contains("headers") {
-        // Even a key can be one, if the space behind its colon was left out.
-        path.truncate(path.find(':').unwrap_or(path.len()));
-        if let Some((place, key)) = path.rsplit_once('.')
-            && key.len() >= 16
-        {
-            path.truncate(place.len());
-        }
-        // serde says "invalid type: FOUND, expected WHAT".
-        if let Some((_, right)) = why.rsplit_once(", expected ") {
-            why = format!("found what is not shown, expected {right}");
-        }
+    let (path, mut why) = (e.path().to_string(), e.inner().to_string());
+    // serde says "invalid type: FOUND, expected WHAT".
+    if (path == "." || path.contains("users") || path.contains("headers"))
+        && let Some((_, right)) = why.rsplit_once(", expected ")
+    {
+        why = format!("found what is not shown, expected {right}");
     }
-    format!("{path}: {why}")
+    // Even a key can be one, if the space behind its colon was left out.
+    let path = path.split(':').next().unwrap_or_default();
+    let nested = path.rsplit_once('.').filter(|(_, key)| key.len() >= 16);
+    format!("{}: {why}", nested.map_or(path, |(place, _)| place))
 }
 
 /// What a field, or its default, stands for.
@@ -2769,8 +2763,7 @@ impl Exchange {
         let path = path_of(&head.target);
         let path = path.get(..200).unwrap_or(path); // ASCII, says the gate
         let words = [&report.user, report.provider, &head.method, path];
-        let words = words.map(|word| if word.is_empty() { "-" } else { word });
-        let [user, provider, method, path] = words;
+        let [user, provider, method, path] = words.map(|w| if w.is_empty() { "-" } else { w });
         let (status, bytes) = (report.status, report.bytes);
         let first = report.first.map(|first| format!("{}ms", first.as_millis()));
         let first = first.as_deref().unwrap_or("-");
