@@ -181,9 +181,9 @@ fn half_sent_bodies(mux: &Mux, _: &Upstream) {
 fn dripped_bodies(mux: &Mux, up: &Upstream) {
     let mut clients = clients(mux, 64);
     for client in &mut clients {
-        client.start("POST", MESSAGES, &[BEARER, ("content-length", "1000")]);
+        client.start("POST", MESSAGES, &[BEARER, ("content-length", "100000")]);
     }
-    drip(&mut clients, b"x");
+    drip(&mut clients, &[b'x'; 256]); // half of what would do
     assert_eq!(mux.log_lines("status=408").len(), 64);
     assert_eq!(up.requests().len(), 1);
 }

@@ -17,11 +17,6 @@ use std::{env, fs, thread};
 
 const PROVIDERS: [&str; 2] = ["claude", "chatgpt"];
 
-/// Says something even when the test passes.
-fn say(text: &str) {
-    let _ = writeln!(io::stderr(), "{text}");
-}
-
 fn below(limit: u64) -> u64 {
     RandomState::new().hash_one(Instant::now()) % limit.max(1)
 }

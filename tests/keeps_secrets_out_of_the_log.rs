@@ -286,7 +286,7 @@ fn a_clients_text_cannot_break_a_line() {
         .split(" path=")
         .nth(1)
         .and_then(|rest| rest.split(' ').next());
-    assert!(path.is_some_and(|path| path.len() <= 203), "{line}");
+    assert!(path.is_some_and(|path| path.len() == 200), "{line}");
 }
 
 #[test]

@@ -240,6 +240,7 @@ fn the_first_thing_that_is_wrong_is_the_one_that_is_told() {
     ];
     let huge = [BEARER, ("content-length", "99999999999")];
     let upgrade = [("connection", "upgrade"), ("upgrade", "websocket")];
+    let body = [BEARER, ("content-length", "5"), ("expect", "100-continue")];
     for (status, method, target, headers) in [
         (400, "GET", "/healthz", twice.to_vec()),
         (400, "POST", MESSAGES, twice.to_vec()),
@@ -249,7 +250,7 @@ fn the_first_thing_that_is_wrong_is_the_one_that_is_told() {
         (404, "POST", "/nowhere", huge.to_vec()),
         (426, "GET", MESSAGES, [&huge[..], &upgrade].concat()),
         (413, "POST", MESSAGES, huge.to_vec()),
-        (503, "POST", MESSAGES, vec![BEARER, ("content-length", "0")]),
+        (503, "POST", MESSAGES, body.to_vec()), // and not 100 Continue
     ] {
         let answer = mux.client().start(method, target, &headers).answer();
         assert_eq!(answer.status, status, "{method} {target} {headers:?}");

@@ -86,7 +86,7 @@ fn a_login_is_not_given_up_for_a_file_that_was_given_away() {
     let setup = Setup::new(&up).save("claude", &up.login("claude", -10).claude());
     let path = login::path(&setup.state(), "claude");
     if chown(&path, Some(0), None).is_err() {
-        return eprintln!("SKIPPED: only root gives a file away");
+        return say("SKIPPED: only root gives a file away");
     }
     let given = path.clone();
     up.on_refresh(move |_, _| chown(&given, Some(0), None).map(|()| false));
@@ -105,7 +105,7 @@ fn a_login_is_not_given_up_for_a_file_that_was_given_away_twice() {
     let setup = Setup::new(&up).save("claude", &up.login("claude", -10).claude());
     let path = login::path(&setup.state(), "claude");
     if chown(&path, Some(0), None).is_err() {
-        return eprintln!("SKIPPED: only root gives a file away");
+        return say("SKIPPED: only root gives a file away");
     }
     let go = up.hold_refreshes();
     let mux = setup.unprivileged().start();
@@ -187,7 +187,8 @@ fn a_file_that_is_emptied_behind_ours_costs_no_second_refresh() {
     let up = Upstream::plain();
     let mux = Setup::new(&up).set("refresh_check_interval", "30m").start();
     mux.message();
-    login::save(&mux.state(), "claude", &up.login("claude", -10).claude());
+    let ended = up.login("claude", -10);
+    login::save(&mux.state(), "claude", &ended.claude());
     let path = login::path(&mux.state(), "claude");
     let inode = |path: &Path| fs::metadata(path).map(|file| file.ino()).ok();
     let (watched, old) = (path.clone(), inode(&path));
@@ -198,6 +199,8 @@ fn a_file_that_is_emptied_behind_ours_costs_no_second_refresh() {
     });
     assert_eq!(mux.message().status, 200);
     other.join().expect("the other tool");
+    let used = up.requests().pop().expect("a request");
+    assert_ne!(used.bearer(), ended.access);
     assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
 }
 
@@ -224,7 +227,7 @@ fn a_file_that_is_mounted_by_itself_is_found_out_before_a_token_is_spent() {
     let path = login::path(&setup.state(), "claude").display().to_string();
     let mounted = setup.write("mounted", fs::read(&path).expect("a file"));
     let Some(script) = setup::mounting(&mounted, &path) else {
-        return eprintln!("SKIPPED: only root mounts");
+        return say("SKIPPED: only root mounts");
     };
     let mux = setup.shell(&script).start();
     mux.wait_log("next try");
@@ -243,7 +246,7 @@ fn it_is_synced_before_it_is_in_place_and_its_folder_after() {
     let calls = setup.folder.0.join("calls");
     let options = format!("-o {} -e trace=fsync,/rename", calls.display());
     let Some(script) = setup::under_strace(&options) else {
-        return eprintln!("SKIPPED: no strace");
+        return say("SKIPPED: no strace");
     };
     let mut mux = setup.shell(&script).start();
     mux.wait_log("claude: refreshed");
@@ -265,7 +268,7 @@ fn a_token_that_was_replaced_just_before_is_not_spent() {
     let setup = Setup::bare(&up).save("claude", &up.login("claude", -10).claude());
     let options = "-o /dev/null -e trace=fsync -e inject=fsync:delay_enter=2000000";
     let Some(script) = setup::under_strace(options) else {
-        return eprintln!("SKIPPED: no strace");
+        return say("SKIPPED: no strace");
     };
     let path = login::path(&setup.state(), "claude");
     let folder = path.parent().expect("a folder").to_owned();
@@ -290,7 +293,7 @@ fn a_touch_in_the_moment_of_saving_delays_nothing() {
     // The second is between the last look at the file and the rename.
     let options = "-o /dev/null -e trace=fsync -e inject=fsync:delay_enter=1000000:when=2";
     let Some(script) = setup::under_strace(options) else {
-        return eprintln!("SKIPPED: no strace");
+        return say("SKIPPED: no strace");
     };
     let path = login::path(&setup.state(), "claude");
     let mux = setup.shell(&script).start();

@@ -150,6 +150,26 @@ fn a_certificate_that_nobody_vouches_for_is_502() {
     );
 }
 
+/// Whoever set it does not want those that are built in.
+#[test]
+fn roots_that_cannot_be_had_stop_the_start() {
+    let up = Upstream::plain();
+    let setup = || Setup::new(&up);
+    for name in ["missing.pem", "empty.pem"] {
+        let setup = setup();
+        let path = setup.write(name, "no certificate");
+        if name == "missing.pem" {
+            std::fs::remove_file(&path).expect("remove a file");
+        }
+        let (code, said) = setup.env("SSL_CERT_FILE", &path).refused();
+        assert_eq!(code, 1, "{said}");
+        assert!(
+            said.contains("SSL_CERT_FILE") && said.contains(name),
+            "{said}"
+        );
+    }
+}
+
 #[test]
 fn silence_before_the_head_is_504_and_names_its_setting() {
     let end = Steps::default();

@@ -150,7 +150,7 @@ fn of_a_names_addresses_it_takes_ipv4_first() {
     let setup = Setup::new(&up).set("listen", "both.test:0");
     let hosts = setup.write("hosts", "::1 both.test\n127.0.0.1 both.test\n");
     let Some(script) = setup::mounting(&hosts, "/etc/hosts") else {
-        return eprintln!("SKIPPED: only root has an /etc/hosts of its own");
+        return say("SKIPPED: only root has an /etc/hosts of its own");
     };
     let mux = setup.shell(&script).start();
     assert!(mux.addr.is_ipv4(), "{}", mux.addr);

@@ -5,7 +5,7 @@ use common::*;
 use rustix::net::sockopt;
 use std::net::TcpStream;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A stream that waits for `go` between its two events, and the client that reads it.
 fn running(up: &Upstream, setup: Setup) -> (Mux, Client) {
@@ -45,8 +45,11 @@ fn a_running_stream_is_finished_and_idle_connections_are_closed() {
 fn a_stream_that_takes_too_long_is_broken_off() {
     let (up, go) = two_events();
     let (mut mux, mut client) = running(&up, Setup::new(&up));
+    let asked = Instant::now();
     mux.signal(Signal::TERM);
     assert_eq!(mux.wait_exit(), 0);
+    let time = asked.elapsed();
+    assert!(time >= Duration::from_secs(10), "it had only {time:?}");
     assert!(client.piece().is_err(), "an end that is no end");
     go.advance();
 }

@@ -418,7 +418,7 @@ fn a_name_that_is_known_needs_no_name_server() {
     let setup = Setup::new(&up);
     let hosts = setup.write("hosts", "127.0.0.1 upstream.test\n");
     let Some(script) = setup::mounting(&hosts, "/etc/hosts") else {
-        return eprintln!("SKIPPED: only root has an /etc/hosts of its own");
+        return say("SKIPPED: only root has an /etc/hosts of its own");
     };
     let roots = setup.write("roots.pem", &authority.cert_pem);
     let url = format!("https://upstream.test:{}", up.addr.port());

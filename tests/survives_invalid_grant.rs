@@ -206,20 +206,21 @@ fn trouble_that_may_pass_is_waited_out() {
 
 #[test]
 fn the_vendors_own_retry_after_is_honoured() {
-    let up = Upstream::plain();
-    up.on_refresh(|_, conn| {
-        conn.respond(429, &[("retry-after", "120")], b"{}")
-            .map(|()| true)
-    });
-    let mux = Setup::new(&up)
-        .save("claude", &up.login("claude", -10).claude())
-        .start();
-    let answer = mux.message();
-    assert_eq!(answer.status, 503);
-    let wait = answer
-        .header("retry-after")
-        .and_then(|s| s.parse::<u64>().ok());
-    assert!(wait.is_some_and(|s| (90..=121).contains(&s)), "{wait:?}");
+    for status in [429, 503] {
+        let up = Upstream::plain();
+        up.on_refresh(move |_, conn| {
+            conn.respond(status, &[("retry-after", "120")], b"{}")
+                .map(|()| true)
+        });
+        let setup = Setup::new(&up).save("claude", &up.login("claude", -10).claude());
+        let answer = setup.start().message();
+        assert_eq!(answer.status, 503);
+        let wait = answer.header("retry-after").and_then(|s| s.parse().ok());
+        assert!(
+            wait.is_some_and(|s: u64| (90..=121).contains(&s)),
+            "{status}: {wait:?}"
+        );
+    }
 }
 
 /// Even if the vendor's tool keeps other things in the file, and writes them.

@@ -178,6 +178,11 @@ fn an_http_proxy_with_a_password() {
         &mux,
         "CONNECT upstream.test:443 Basic dTpUejZ3UW4zTGtQ",
     );
+    let log = mux.log();
+    assert!(
+        log.contains("DEBUG") && !log.contains("[rustls"),
+        "the crates say little"
+    );
 }
 
 #[test]

@@ -23,11 +23,12 @@ pub use setup::Setup;
 pub use tls::Authority;
 pub use upstream::{Conn, Request, Steps, Upstream};
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use std::{env, fs, thread};
+use std::{env, fs, io, thread};
 
 /// The token of the user `alice`, who is configured unless a test says otherwise.
 pub const TOKEN: &str = "wK3vQ9xZ2mB7nR5tY8pL";
@@ -47,6 +48,11 @@ pub fn binary() -> PathBuf {
             .expect("a target folder")
             .join("ai-mux")
     })
+}
+
+/// Says something even when the test passes; what eprintln! says then, the test runner keeps to itself.
+pub fn say(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
 }
 
 /// Locks, whatever happened to another holder: a failing test has reported that already.

@@ -263,10 +263,10 @@ impl Shared {
         } else {
             self.record(&request);
         }
+        let _watch = Watch(&self.failed);
         if request.is_refresh() {
             self.vendors.refresh(&request, conn)?;
         } else if self.vendors.knows(request.bearer()) {
-            let _watch = Watch(&self.failed);
             (self.script)(&request, conn)?;
         } else {
             let error =

@@ -41,7 +41,7 @@ const NAMES: [&str; 20] = [
     "te",
     "trailer",
     "x!#$%&'*+-.^_`|~9",
-    "x-exchange",
+    "x-ticket",
     "Content-Type",
     "host",
     "content-length",
