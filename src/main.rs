@@ -258,7 +258,13 @@ struct Gate {
     connections: Vec<Stream>,
     /// Exchanges that wait for a worker.
     queue: VecDeque<Exchange>,
-    pool: Pool,
+    /// tiny_http, and the connection on which it gets a ticket for each exchange.
+    server: Arc<tiny_http::Server>,
+    inner: UnixStream,
+    /// How many workers there may be, how many there are, and how many of them have an exchange.
+    workers: usize,
+    running: usize,
+    busy: usize,
     verdicts: Receiver<Verdict>,
     /// Gets a byte for each request that a worker is done with, and for each signal.
     wakes: UnixStream,
@@ -273,11 +279,11 @@ impl Gate {
     fn open(mut config: Config) -> Result<Gate, String> {
         let failed = |e: io::Error| format!("start: {e}");
         let (workers, capacity) = descriptors(config.workers.get().into());
-        let tls = config.tls.take();
-        let refused = |e| format!("listen on {:?}: {e}", config.listen);
-        let listener = listen(&config.listen).map_err(refused)?;
         let (wakes, waker) = UnixStream::pair().map_err(failed)?;
         let stopping = signals(&waker).map_err(failed)?;
+        let refused = |e| format!("listen on {:?}: {e}", config.listen);
+        let listener = listen(&config).map_err(refused)?;
+        let tls = config.tls.take();
         let (verdict, verdicts) = mpsc::channel();
         let (settings, roots) = (std::mem::take(&mut config.providers), roots()?);
         let settings = settings.into_iter();
@@ -289,8 +295,8 @@ impl Gate {
             verdict,
             waker,
         });
-        let inner = |e| format!("a socket in state_dir or TMPDIR: {e}");
-        let pool = Pool::start(&proxy, workers).map_err(inner)?;
+        let refused = |e| format!("a socket in state_dir or TMPDIR: {e}");
+        let (server, inner) = start_server(&proxy.config.state_dir).map_err(refused)?;
         for upstream in &proxy.upstreams {
             let credential = upstream.credential.clone();
             spawn("keeper", move || credential.keep()).map_err(failed)?;
@@ -302,7 +308,11 @@ impl Gate {
             capacity,
             connections: Vec::new(),
             queue: VecDeque::new(),
-            pool,
+            server,
+            inner,
+            workers,
+            running: 0,
+            busy: 0,
             verdicts,
             wakes,
             stopping,
@@ -312,7 +322,6 @@ impl Gate {
     /// Serves until a signal comes and what runs then has ended, or had its time; or until
     /// tiny_http is gone, without which nobody could be served.
     fn run(&mut self) -> Result<(), String> {
-        self.announce();
         let (mut end, mut chores_at, mut warned) = (None, Instant::now(), false);
         while end.is_none_or(|end| self.count() > 0 && !left_until(end).is_zero()) {
             let waited = self.wait(end.map_or(chores_at, |end| chores_at.min(end)));
@@ -322,7 +331,7 @@ impl Gate {
                 let _ = catch_unwind(AssertUnwindSafe(|| self.read_on(stream)));
             }
             while let Ok(verdict) = self.verdicts.try_recv() {
-                self.pool.busy -= 1;
+                self.busy -= 1;
                 self.settle(verdict);
             }
             self.dispatch().map_err(|e| format!("tiny_http: {e}"))?;
@@ -337,7 +346,7 @@ impl Gate {
             warned = admitted.is_err();
             if left_until(chores_at).is_zero() {
                 chores_at = Instant::now() + CHORE_INTERVAL;
-                self.pool.retire_idle();
+                self.retire_idle();
                 self.tls.iter_mut().for_each(Tls::renew);
             }
             if end.is_none() && self.stopping.load(Ordering::SeqCst) {
@@ -347,26 +356,16 @@ impl Gate {
                 self.connections.retain(|stream| stream.draining.is_some());
             }
         }
-        let running = self.queue.len() + self.pool.busy;
+        let running = self.queue.len() + self.busy;
         if running > 0 {
             warn!("{running} requests still ran and are cut short");
         }
         Ok(())
     }
 
-    fn announce(&self) {
-        let address = self.listener.as_ref().and_then(|l| l.local_addr().ok());
-        let Some(address) = address else { return };
-        if self.proxy.config.users.is_empty() && !address.ip().is_loopback() {
-            warn!("no users configured: whoever reaches {address} uses your subscription");
-        }
-        let secure = if self.tls.is_some() { "s" } else { "" };
-        info!("listening on http{secure}://{address}");
-    }
-
     /// How many connections there are.
     fn count(&self) -> usize {
-        self.connections.len() + self.queue.len() + self.pool.busy
+        self.connections.len() + self.queue.len() + self.busy
     }
 
     /// Waits until something happens or is due, `until` at the latest: whether a client can be
@@ -439,10 +438,10 @@ impl Gate {
     /// Parks an exchange for each worker that has none, with a ticket; refuses those that have
     /// waited too long for one.
     fn dispatch(&mut self) -> io::Result<()> {
-        while !self.queue.is_empty() && self.pool.ensure_free(&self.proxy) {
+        while !self.queue.is_empty() && self.ensure_free() {
             lock(&self.proxy.parked).extend(self.queue.pop_front());
-            self.pool.busy += 1;
-            self.pool.inner.write_all(TICKET)?;
+            self.busy += 1;
+            self.inner.write_all(TICKET)?;
         }
         while self.queue.front().is_some_and(|e| e.stream.is_due())
             && let Some(exchange) = self.queue.pop_front()
@@ -498,10 +497,16 @@ fn signals(waker: &UnixStream) -> io::Result<Arc<AtomicBool>> {
 
 /// Listens on the first address that can be had. `[::]` takes IPv4 as well, unless the host says
 /// otherwise (net.ipv6.bindv6only).
-fn listen(addresses: &[SocketAddr]) -> io::Result<TcpListener> {
-    let listener = TcpListener::bind(addresses)?;
+fn listen(config: &Config) -> io::Result<TcpListener> {
+    let listener = TcpListener::bind(&config.listen[..])?;
     rustix::net::listen(&listener, BACKLOG)?; // again, as std does so with 128
     listener.set_nonblocking(true)?;
+    let address = listener.local_addr()?;
+    if config.users.is_empty() && !address.ip().is_loopback() {
+        warn!("no users configured: whoever reaches {address} uses your subscription");
+    }
+    let secure = if config.tls.is_some() { "s" } else { "" };
+    info!("listening on http{secure}://{address}");
     Ok(listener)
 }
 
@@ -686,41 +691,22 @@ struct Proxy {
 /// been parked longest. Nothing of a client's is in it, so the one that is sent at start proves all.
 const TICKET: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
 
-/// tiny_http, and the workers that it hands the tickets to.
-struct Pool {
-    server: Arc<tiny_http::Server>,
-    /// The inner connection.
-    inner: UnixStream,
-    /// How many workers there may be.
-    limit: usize,
-    /// How many there are.
-    running: usize,
-    /// How many of them have an exchange.
-    busy: usize,
+/// Starts tiny_http, and proves it by a first ticket.
+fn start_server(state_dir: &Path) -> io::Result<(Arc<tiny_http::Server>, UnixStream)> {
+    let (listener, mut inner) = inner_connection(state_dir)?;
+    let server = tiny_http::Server::from_listener(listener, None);
+    let server = Arc::new(server.map_err(io::Error::other)?);
+    inner.write_all(TICKET)?;
+    let ticket = server.recv_timeout(PICKUP_TIME)?;
+    drop(ticket.ok_or(ErrorKind::TimedOut)?.into_writer());
+    Ok((server, inner))
 }
 
-impl Pool {
-    /// Starts tiny_http, and proves it by a first ticket.
-    fn start(proxy: &Proxy, limit: usize) -> io::Result<Pool> {
-        let (listener, mut inner) = inner_connection(&proxy.config.state_dir)?;
-        let server = tiny_http::Server::from_listener(listener, None);
-        let server = Arc::new(server.map_err(io::Error::other)?);
-        inner.write_all(TICKET)?;
-        let ticket = server.recv_timeout(PICKUP_TIME)?;
-        drop(ticket.ok_or(ErrorKind::TimedOut)?.into_writer());
-        Ok(Pool {
-            server,
-            inner,
-            limit,
-            running: 0,
-            busy: 0,
-        })
-    }
-
+impl Gate {
     /// Whether a worker is free. More are started, as long as there may be, to have some to spare.
-    fn ensure_free(&mut self, proxy: &Arc<Proxy>) -> bool {
-        while self.running < self.limit.min(self.busy + 1 + SPARE_WORKERS) {
-            let (server, proxy) = (self.server.clone(), proxy.clone());
+    fn ensure_free(&mut self) -> bool {
+        while self.running < self.workers.min(self.busy + 1 + SPARE_WORKERS) {
+            let (server, proxy) = (self.server.clone(), self.proxy.clone());
             let work = move || {
                 while let Ok(ticket) = server.recv() {
                     proxy.serve(ticket);
@@ -1360,12 +1346,10 @@ impl Credential {
             return Err(self.lack(ErrorKind::InvalidInput, "is no credential file"));
         }
         if meta.mode() & 0o077 != 0 {
-            let private = fs::set_permissions(&self.path, Permissions::from_mode(0o600));
+            let tried = fs::set_permissions(&self.path, Permissions::from_mode(0o600));
+            let came_of_it = tried.map_or_else(|e| e.to_string(), |()| "done".into());
             let name = self.path.display();
-            match private {
-                Ok(()) => warn!("{name}: others could read it, now its mode is 0600"),
-                Err(e) => warn!("{name}: others can read it: {e}; chmod 600 it"),
-            }
+            warn!("{name}: others could read it; chmod 600: {came_of_it}");
         }
         let before = stamp(&self.path);
         let bytes = fs::read(&self.path).map_err(failed)?;
@@ -1677,7 +1661,6 @@ fn agent(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentConfig, S
         .proxy(proxy.filter(|_| !is_loopback(&uri)))
         .http_status_as_error(false)
         .max_redirects(0)
-        .max_redirects_will_error(false)
         .accept("")
         .accept_encoding("")
         .user_agent("")
