@@ -1094,12 +1094,9 @@ impl Credential {
 
     /// Upstream answered 401 to this token: a newer one, from disk or from a refresh, if any.
     fn rejected(&self, token: &Token) -> Option<Token> {
-        let newer = |other: &Token| other.access != token.access;
-        let good = |other: &Token| newer(other) && other.lasts(Duration::ZERO);
-        if !self.reload(true).token.as_ref().is_some_and(good) {
-            self.refresh_if_due(lock(&self.turn), TOKEN_MARGIN, Some(&token.access));
-        }
-        self.reload(false).token.clone().filter(newer)
+        self.refresh_if_due(lock(&self.turn), TOKEN_MARGIN, Some(&token.access));
+        let newer = self.reload(false).token.clone();
+        newer.filter(|newer| newer.access != token.access)
     }
 
     fn is_ready(&self) -> bool {
@@ -1612,10 +1609,8 @@ impl Provider {
             // Tools that share the file need a time: an hour, where nobody told one.
             let at = token.expires.unwrap_or(now + Duration::from_secs(3600));
             let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
-            let in_seconds = match old.as_f64() {
-                Some(old) if old >= 1.0 => old <= 1e11,
-                _ => expires == "expires_at",
-            };
+            let was = old.as_f64().filter(|was| *was >= 1.0);
+            let in_seconds = was.map_or(expires == "expires_at", |was| was <= 1e11);
             let unit = if in_seconds { 1000 } else { 1 };
             *old = (since.as_millis() as u64 / unit).into();
         }
@@ -1738,20 +1733,15 @@ impl Upstream {
         let headers = request.headers_mut();
         for (name, value) in &head.fields {
             let for_us = lists(&head.fields, "connection", name.as_str());
-            if name == CONTENT_LENGTH || !for_us && !self.is_dropped(name.as_str()) {
+            if is_framing(name) || !for_us && !self.is_dropped(name.as_str()) {
                 headers.append(name, value.clone());
             }
-        }
-        if head.fields.contains_key(TRANSFER_ENCODING) {
-            headers.insert(TRANSFER_ENCODING, header_value("chunked"));
         }
         // Without it ureq would send these chunked (RFC 9110 section 8.6 wants it anyway).
         if matches!(method, "POST" | "PUT" | "PATCH") && !headers.keys().any(is_framing) {
             headers.insert(CONTENT_LENGTH, 0.into());
         }
-        for (name, value) in &self.settings.headers {
-            headers.insert(name, value.clone());
-        }
+        headers.extend(self.settings.headers.clone());
         let bearer = format!("Bearer {}", token.access.expose());
         headers.insert(AUTHORIZATION, header_value(&bearer));
         if let Some(ours) = self.provider.beta {
