@@ -42,7 +42,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -265,7 +264,6 @@ struct Gate {
     workers: usize,
     running: usize,
     busy: usize,
-    verdicts: Receiver<Verdict>,
     /// Gets a byte for each request that a worker is done with, and for each signal.
     wakes: UnixStream,
     stopping: Arc<AtomicBool>,
@@ -284,7 +282,6 @@ impl Gate {
         let refused = |e| format!("listen on {:?}: {e}", config.listen);
         let listener = listen(&config).map_err(refused)?;
         let tls = config.tls.take();
-        let (verdict, verdicts) = mpsc::channel();
         let (settings, roots) = (std::mem::take(&mut config.providers), roots()?);
         let settings = settings.into_iter();
         let upstreams = settings.map(|each| Upstream::new(each, &config, &roots));
@@ -292,7 +289,7 @@ impl Gate {
             upstreams: upstreams.collect::<Result<_, _>>()?,
             config,
             parked: Mutex::default(),
-            verdict,
+            verdicts: Mutex::default(),
             waker,
         });
         let refused = |e| format!("a socket in state_dir or TMPDIR: {e}");
@@ -313,7 +310,6 @@ impl Gate {
             workers,
             running: 0,
             busy: 0,
-            verdicts,
             wakes,
             stopping,
         })
@@ -330,7 +326,8 @@ impl Gate {
                 // A panic would cost this connection, and no other.
                 let _ = catch_unwind(AssertUnwindSafe(|| self.read_on(stream)));
             }
-            while let Ok(verdict) = self.verdicts.try_recv() {
+            let verdicts = std::mem::take(&mut *lock(&self.proxy.verdicts));
+            for verdict in verdicts {
                 self.busy -= 1;
                 self.settle(verdict);
             }
@@ -683,7 +680,8 @@ struct Proxy {
     upstreams: Vec<Upstream>,
     /// Exchanges that no worker has picked up yet: one for each ticket that is on its way.
     parked: Mutex<VecDeque<Exchange>>,
-    verdict: Sender<Verdict>,
+    /// Of exchanges that a worker is done with, until the gate takes their streams back.
+    verdicts: Mutex<Vec<Verdict>>,
     waker: UnixStream,
 }
 
@@ -755,7 +753,7 @@ impl Proxy {
         let exchange = lock(&self.parked).pop_front();
         if let Some(exchange) = exchange {
             let verdict = fence(exchange, |exchange| self.handle(exchange));
-            let _ = self.verdict.send(verdict);
+            lock(&self.verdicts).push(verdict);
         }
         drop(ticket.into_writer());
         let _ = (&self.waker).write(&[0]);
@@ -2623,10 +2621,8 @@ const TOKEN: Kind<Secret> = ("16 or more visible ASCII characters", |value| {
 const URL: Kind<String> = ("an https:// URL, or http:// to loopback", |value| {
     let text = value.as_str()?;
     let uri = whole_uri(text)?;
-    let safe = match uri.scheme_str()? {
-        "http" => is_loopback(&uri),
-        scheme => scheme == "https",
-    };
+    let scheme = uri.scheme_str()?;
+    let safe = scheme == "https" || scheme == "http" && is_loopback(&uri);
     let plain = !text.contains(['@', '?', '#']); // no user, no query
     (safe && plain).then(|| text.to_owned())
 });
@@ -2798,11 +2794,9 @@ impl log::Log for Log {
 }
 
 fn start_log(level: LevelFilter) {
-    let mut logger = simple_logger::SimpleLogger::new().with_level(level);
-    // At debug and trace these print heads with tokens in them.
-    for crate_name in ["ureq", "rustls", "tiny_http"] {
-        logger = logger.with_module_level(crate_name, level.min(LevelFilter::Warn));
-    }
+    // At debug and trace, ureq prints heads with tokens in them.
+    let logger = simple_logger::SimpleLogger::new().with_level(level.min(LevelFilter::Warn));
+    let logger = logger.with_module_level("ai_mux", level);
     // A panic's message could hold anything; its place is enough. Not eprintln!, see above.
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string);
