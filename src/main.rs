@@ -192,7 +192,10 @@ fn run() -> Result<(), (u8, String)> {
 }
 
 fn serve(config: Config) -> Result<(), String> {
-    let config = config.find_providers()?;
+    if config.providers.is_empty() {
+        let [claude, chatgpt] = PROVIDERS.each_ref().map(|p| p.path(&config.state_dir));
+        return Err(format!("found neither {claude:?} nor {chatgpt:?}; log in"));
+    }
     start_log(config.log_level);
     let _lock = lock_state_dir(&config.state_dir)?;
     let mut gate = Gate::open(config)?;
@@ -922,11 +925,11 @@ impl Proxy {
             && let [name, "v1", first, ..] = segments[..]
             && !first.eq_ignore_ascii_case("oauth")
             && let Some(upstream) = self.upstreams.iter().find(|u| u.provider.name == name)
+            && let Some((_, rest)) = target.split_once("/v1/")
         {
-            let base = upstream.settings.base_url.trim_end_matches('/');
-            let prefix = upstream.provider.prefix;
-            let rest = &target[name.len() + "//v1/".len()..];
-            return Ok((upstream, format!("{base}{prefix}{rest}")));
+            let (base, prefix) = (&upstream.settings.base_url, upstream.provider.prefix);
+            let url = format!("{}{prefix}{rest}", base.trim_end_matches('/'));
+            return Ok((upstream, url));
         }
         let known = "no such path; use /claude/v1/... or /chatgpt/v1/..., where configured";
         Err(Reply::new(404, known))
@@ -1374,8 +1377,9 @@ impl Credential {
 
     /// What the owner does about a login that is missing or dead.
     fn remedy(&self) -> String {
-        let (Provider { home, login, .. }, folder) = (self.provider, self.folder());
-        format!("log in with: mkdir -p {folder} && {home}={folder} {login}")
+        let folder = self.folder();
+        let login = self.provider.login.replace("FOLDER", &folder);
+        format!("log in with: mkdir -p {folder} && {login}")
     }
 }
 
@@ -1492,11 +1496,9 @@ fn time_in(value: &Value) -> Option<SystemTime> {
 /// `Retry-After` in either form (RFC 9110 section 10.2.3).
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get("retry-after")?.to_str().ok()?.trim();
-    if let Ok(seconds) = text.parse() {
-        return Some(Duration::from_secs(seconds));
-    }
-    let date = httpdate::parse_http_date(text).ok()?;
-    date.duration_since(SystemTime::now()).ok()
+    let seconds = text.parse().ok().map(Duration::from_secs);
+    let date = httpdate::parse_http_date(text).ok();
+    seconds.or(date.and_then(|date| date.duration_since(SystemTime::now()).ok()))
 }
 
 // ─── upstream ────────────────────────────────────────────────────────────────────────────────
@@ -1521,8 +1523,7 @@ struct Provider {
     /// access token, refresh token and expiry.
     object: &'static str,
     keys: [&'static str; 3],
-    /// The variable that tells the vendor's tool its folder, and the command that logs in.
-    home: &'static str,
+    /// The command that logs in, with FOLDER for the one of the vendor's tool.
     login: &'static str,
 }
 
@@ -1541,8 +1542,7 @@ static PROVIDERS: [Provider; 2] = [
         file: ".credentials.json",
         object: "claudeAiOauth",
         keys: ["accessToken", "refreshToken", "expiresAt"],
-        home: "CLAUDE_CONFIG_DIR",
-        login: "claude /login",
+        login: "CLAUDE_CONFIG_DIR=FOLDER claude /login",
     },
     Provider {
         name: "chatgpt",
@@ -1560,8 +1560,7 @@ static PROVIDERS: [Provider; 2] = [
         file: "auth.json",
         object: "tokens",
         keys: ["access_token", "refresh_token", "expires_at"],
-        home: "CODEX_HOME",
-        login: "codex login",
+        login: "CODEX_HOME=FOLDER codex login",
     },
 ];
 
@@ -2393,26 +2392,18 @@ impl Config {
         parsed.and_then(Config::read).map_err(line)
     }
 
-    /// Where no provider is configured, takes those that have a credential file.
-    fn find_providers(mut self) -> Result<Config, String> {
-        if self.providers.is_empty() {
-            // One that cannot be looked at is there: it answers 503 and says why.
-            let there = |p: &&Provider| !matches!(p.path(&self.state_dir).try_exists(), Ok(false));
-            let found = PROVIDERS.iter().filter(there);
-            let found = found.map(|p| provider(p.name.into()));
-            self.providers = found.collect::<Result<_, _>>()?;
-        }
-        let [claude, chatgpt] = PROVIDERS.each_ref().map(|p| p.path(&self.state_dir));
-        let lack = || format!("neither {claude:?} nor {chatgpt:?} is there; log in first");
-        let found = !self.providers.is_empty();
-        found.then_some(self).ok_or_else(lack)
-    }
-
     fn read(file: Yaml) -> Result<Config, String> {
         let raw: RawConfig = parse(file)?;
         let (silence, interval) = (raw.stream_idle_timeout, raw.refresh_check_interval);
-        let providers = raw.providers.unwrap_or_default().into_iter();
-        let providers: Vec<_> = providers.map(provider).collect::<Result<_, _>>()?;
+        let state_dir = field("state_dir", raw.state_dir, "~/.ai-mux", FOLDER)?;
+        let mut entries = raw.providers.unwrap_or_default();
+        if entries.is_empty() {
+            // One that cannot be looked at is there: it answers 503 and says why.
+            let there = |p: &&Provider| !matches!(p.path(&state_dir).try_exists(), Ok(false));
+            entries.extend(PROVIDERS.iter().filter(there).map(|p| p.name.into()));
+        }
+        let entries = entries.into_iter().map(provider);
+        let providers: Vec<_> = entries.collect::<Result<_, _>>()?;
         if let Some(again) = repeated(&providers, |a, b| a.provider.name == b.provider.name) {
             let name = again.provider.name;
             return Err(format!("providers: found {name} again, expected each once"));
@@ -2424,7 +2415,7 @@ impl Config {
         }
         Ok(Config {
             listen: field("listen", raw.listen, ":8080", ADDRESSES)?,
-            state_dir: field("state_dir", raw.state_dir, "~/.ai-mux", FOLDER)?,
+            state_dir,
             log_level: field("log_level", raw.log_level, "info", LEVEL)?,
             providers,
             users,
