@@ -1730,9 +1730,12 @@ impl Upstream {
         let headers = request.headers_mut();
         for (name, value) in &head.fields {
             let for_us = lists(&head.fields, "connection", name.as_str());
-            if is_framing(name) || !for_us && !self.is_dropped(name.as_str()) {
+            if name == CONTENT_LENGTH || !for_us && !self.is_dropped(name.as_str()) {
                 headers.append(name, value.clone());
             }
+        }
+        if head.fields.contains_key(TRANSFER_ENCODING) {
+            headers.insert(TRANSFER_ENCODING, header_value("chunked")); // as ureq knows it
         }
         // Without it ureq would send these chunked (RFC 9110 section 8.6 wants it anyway).
         if matches!(method, "POST" | "PUT" | "PATCH") && !headers.keys().any(is_framing) {
