@@ -283,7 +283,7 @@ impl Gate {
         let (wakes, waker) = UnixStream::pair().map_err(failed)?;
         let stopping = signals(&waker).map_err(failed)?;
         let refused = |e| format!("listen on {:?}: {e}", config.listen);
-        let listener = listen(&config).map_err(refused)?;
+        let listener = listen(&config.listen).map_err(refused)?;
         let tls = config.tls.take();
         let (settings, roots) = (std::mem::take(&mut config.providers), roots()?);
         let settings = settings.into_iter();
@@ -321,6 +321,7 @@ impl Gate {
     /// Serves until a signal comes and what runs then has ended, or had its time; or until
     /// tiny_http is gone, without which nobody could be served.
     fn run(&mut self) -> Result<(), String> {
+        self.announce();
         let (mut end, mut chores_at, mut warned) = (None, Instant::now(), false);
         while end.is_none_or(|end| self.count() > 0 && !left_until(end).is_zero()) {
             let waited = self.wait(end.map_or(chores_at, |end| chores_at.min(end)));
@@ -361,6 +362,16 @@ impl Gate {
             warn!("{running} requests still ran and are cut short");
         }
         Ok(())
+    }
+
+    fn announce(&self) {
+        let address = self.listener.as_ref().and_then(|l| l.local_addr().ok());
+        let Some(address) = address else { return };
+        if self.proxy.config.users.is_empty() && !address.ip().is_loopback() {
+            warn!("no users configured: whoever reaches {address} uses your subscription");
+        }
+        let secure = if self.tls.is_some() { "s" } else { "" };
+        info!("listening on http{secure}://{address}");
     }
 
     /// How many connections there are.
@@ -497,16 +508,10 @@ fn signals(waker: &UnixStream) -> io::Result<Arc<AtomicBool>> {
 
 /// Listens on the first address that can be had. `[::]` takes IPv4 as well, unless the host says
 /// otherwise (net.ipv6.bindv6only).
-fn listen(config: &Config) -> io::Result<TcpListener> {
-    let listener = TcpListener::bind(&config.listen[..])?;
+fn listen(addresses: &[SocketAddr]) -> io::Result<TcpListener> {
+    let listener = TcpListener::bind(addresses)?;
     rustix::net::listen(&listener, BACKLOG)?; // again, as std does so with 128
     listener.set_nonblocking(true)?;
-    let address = listener.local_addr()?;
-    if config.users.is_empty() && !address.ip().is_loopback() {
-        warn!("no users configured: whoever reaches {address} uses your subscription");
-    }
-    let secure = if config.tls.is_some() { "s" } else { "" };
-    info!("listening on http{secure}://{address}");
     Ok(listener)
 }
 
