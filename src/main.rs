@@ -34,7 +34,6 @@ use std::fmt::Display;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, BufRead, Cursor, ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::num::NonZeroU16;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -279,7 +278,7 @@ type Verdict = Option<Stream>;
 impl Gate {
     fn open(mut config: Config) -> Result<Gate, String> {
         let failed = |e: io::Error| format!("start: {e}");
-        let (workers, capacity) = descriptors(config.workers.get().into());
+        let (workers, capacity) = descriptors(config.workers);
         let (wakes, waker) = UnixStream::pair().map_err(failed)?;
         let stopping = signals(&waker).map_err(failed)?;
         let refused = |e| format!("listen on {:?}: {e}", config.listen);
@@ -1477,9 +1476,9 @@ fn error_word(json: &Value) -> &str {
     let error = json.get("error").unwrap_or(json);
     let words = [&error["code"], &error["type"], error];
     let word = words.into_iter().find_map(Value::as_str);
-    let word = word.filter(|w| w.len() <= 64).unwrap_or_default();
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
-    if word.bytes().all(plain) { word } else { "" }
+    let word = word.filter(|w| w.len() <= 64 && w.bytes().all(plain));
+    word.unwrap_or_default()
 }
 
 /// The claims of an access token that is a JWT (RFC 7519). It is ours, from a source that we
@@ -2327,7 +2326,7 @@ struct Config {
     request_timeout: Duration,
     stream_idle_timeout: Duration,
     refresh_check_interval: Duration,
-    workers: NonZeroU16,
+    workers: u64,
     proxy: Option<ureq::Proxy>,
     tls: Option<Tls>,
 }
@@ -2591,8 +2590,8 @@ const INTERVAL: Kind<Duration> = ("a duration of at least 1s", |value| {
     (DURATION.1)(value).filter(|time| *time >= Duration::from_secs(1))
 });
 
-const WORKERS: Kind<NonZeroU16> = ("a number from 1 to 65535", |value| {
-    NonZeroU16::new(value.as_u64()?.try_into().ok()?)
+const WORKERS: Kind<u64> = ("a number from 1 to 65535", |value| {
+    value.as_u64().filter(|count| (1..=65535).contains(count))
 });
 
 const PROXY: Kind<Option<ureq::Proxy>> = ("http://HOST:PORT, socks5://HOST:PORT", |value| {
@@ -2639,7 +2638,6 @@ fn whole_uri(text: &str) -> Option<http::Uri> {
 // ─── replies ─────────────────────────────────────────────────────────────────────────────────
 // What a client hears from ai-mux itself: it says what to do.
 
-#[derive(Debug)]
 struct Reply {
     /// 0: nobody hears it, it is only logged, as the connection is broken off.
     status: u16,
