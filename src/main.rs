@@ -36,7 +36,7 @@ use std::io::{self, BufRead, Cursor, ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -696,17 +696,6 @@ struct Proxy {
 /// been parked longest. Nothing of a client's is in it, so the one that is sent at start proves all.
 const TICKET: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
 
-/// Starts tiny_http, and proves it by a first ticket.
-fn start_server(state_dir: &Path) -> io::Result<(Arc<tiny_http::Server>, UnixStream)> {
-    let (listener, mut inner) = inner_connection(state_dir)?;
-    let server = tiny_http::Server::from_listener(listener, None);
-    let server = Arc::new(server.map_err(io::Error::other)?);
-    inner.write_all(TICKET)?;
-    let ticket = server.recv_timeout(PICKUP_TIME)?;
-    drop(ticket.ok_or(ErrorKind::TimedOut)?.into_writer());
-    Ok((server, inner))
-}
-
 impl Gate {
     /// Whether a worker is free. More are started, as long as there may be, to have some to spare.
     fn ensure_free(&mut self) -> bool {
@@ -736,22 +725,27 @@ impl Gate {
     }
 }
 
-/// The two ends of the inner connection, the first still to be accepted. They meet in a private
+/// Starts tiny_http, and proves its inner connection by a first ticket. They meet in a private
 /// folder that is gone by then: in `state_dir`, or among the temporary ones where that is
 /// read-only or its path too long for a socket address (107 bytes, unix(7)).
-fn inner_connection(state_dir: &Path) -> io::Result<(UnixListener, UnixStream)> {
+fn start_server(state_dir: &Path) -> io::Result<(Arc<tiny_http::Server>, UnixStream)> {
     let meet = |folder: PathBuf| {
         let socket = folder.join("socket");
         let remove = || fs::remove_file(&socket).and(fs::remove_dir(&folder));
         let _ = remove(); // left behind by kill -9
         DirBuilder::new().mode(0o700).create(&folder)?;
-        let listener = UnixListener::bind(&socket);
+        let server = tiny_http::Server::http_unix(&socket).map_err(io::Error::other);
         let inner = UnixStream::connect(&socket);
         let _ = remove();
-        Ok::<_, io::Error>((listener?, inner?))
+        Ok::<_, io::Error>((server?, inner?))
     };
-    let temporary = format!("ai-mux-{}", std::process::id());
-    meet(state_dir.join("inner")).or_else(|_| meet(std::env::temp_dir().join(temporary)))
+    let temporary = std::env::temp_dir().join(format!("ai-mux-{}", std::process::id()));
+    let met = meet(state_dir.join("inner")).or_else(|_| meet(temporary));
+    let (server, mut inner) = met?;
+    inner.write_all(TICKET)?;
+    let ticket = server.recv_timeout(PICKUP_TIME)?;
+    drop(ticket.ok_or(ErrorKind::TimedOut)?.into_writer());
+    Ok((Arc::new(server), inner))
 }
 
 impl Proxy {
