@@ -27,6 +27,7 @@
             fileset = lib.fileset.unions [
               ./Cargo.toml
               ./Cargo.lock
+              ./.cargo
               ./src
               (lib.fileset.fileFilter (file: !file.hasExt "nix") ./tests)
             ];

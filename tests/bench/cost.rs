@@ -1,7 +1,7 @@
 //! What ai-mux costs, beside nginx doing the same and beside no proxy at all.
 //!
 //! ```sh
-//! cargo bench --bench cost                    # everything, about ten minutes
+//! cargo bench --bench cost                    # everything, a quarter of an hour
 //! cargo bench --bench cost -- --quick         # a smoke run, its figures are rough
 //! cargo bench --bench cost -- memory tls      # some sections: start, memory, requests, streams, flood, tls
 //! cargo bench --bench cost -- --binary PATH   # another build of ai-mux
