@@ -1832,7 +1832,10 @@ impl<T: Transport> Connector<T> for IdleLimit<()> {
 impl<T: Transport> Transport for IdleLimit<T> {
     fn await_input(&mut self, mut time: NextTimeout) -> Result<bool, ureq::Error> {
         if time.reason == ureq::Timeout::RecvBody {
-            time.per_read = SILENCE_END.get().map(|end| left_until(end).into());
+            // In tenths: the same each time, as a rule, so that the socket need not be told anew.
+            let tenths = |end| left_until(end).as_millis().div_ceil(100) as u64;
+            let left = SILENCE_END.get().map(tenths);
+            time.per_read = left.map(|tenths| Duration::from_millis(tenths * 100).into());
         }
         self.0.await_input(time)
     }
