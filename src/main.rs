@@ -1408,7 +1408,7 @@ impl Draft {
         // A new login that kill -9 kept from its place is whole, and younger than the old one.
         let left = fs::read(&path).unwrap_or_default();
         let changed = |path| stamp(path).map(|(_, changed, _)| changed);
-        if serde_json::from_slice::<Value>(&left).is_ok() && changed(&path) >= changed(&target) {
+        if serde_json::from_slice::<Value>(&left).is_ok() && changed(&path) > changed(&target) {
             fs::rename(&path, &target).map_err(failed)?;
             return Err(format!("{name}: a login was left beside it"));
         }

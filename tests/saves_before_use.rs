@@ -304,10 +304,14 @@ fn a_touch_in_the_moment_of_saving_delays_nothing() {
     assert!(mux.log_lines("ERROR").is_empty(), "{}", mux.log());
 }
 
+/// More than one of the file system's clock.
+const TICK: Duration = Duration::from_millis(50);
+
 /// What is beside the file after a kill between the sync of a new login and the rename: that login, which the
 /// vendor has given for the one in the file.
 fn left_behind(up: &Upstream, setup: &Setup) -> (PathBuf, Login) {
     let newer = up.login("claude", 3600);
+    thread::sleep(TICK);
     let path = login::path(&setup.state(), "claude");
     let draft = PathBuf::from(format!("{}.ai-mux-new", path.display()));
     // As it is if the kill came before its end was cut off.
@@ -335,19 +339,25 @@ fn what_a_kill_left_whole_beside_the_file_is_the_login() {
 /// Whoever has logged in since, or out and in, has done so for a reason.
 #[test]
 fn what_a_kill_left_is_nothing_once_the_file_has_changed() {
-    for whole in [true, false] {
+    for case in ["changed", "not whole", "the file itself"] {
         let up = Upstream::plain();
         let setup = Setup::bare(&up);
         login::save(&setup.state(), "claude", &up.login("claude", -10).claude());
         let (draft, left) = left_behind(&up, &setup);
-        if whole {
-            thread::sleep(Duration::from_millis(50)); // more than a tick of the file system's clock
-            login::save(&setup.state(), "claude", &up.login("claude", -10).claude());
-        } else {
-            fs::write(&draft, "{\"claudeAiOauth\":{    ").expect("write a draft");
+        match case {
+            "changed" => {
+                thread::sleep(TICK);
+                login::save(&setup.state(), "claude", &up.login("claude", -10).claude());
+            }
+            "not whole" => fs::write(&draft, "{\"claudeAiOauth\":{    ").expect("write a draft"),
+            _ => {
+                let path = login::path(&setup.state(), "claude");
+                fs::remove_file(&draft).expect("remove a draft");
+                fs::hard_link(path, &draft).expect("link a file");
+            }
         }
         let mux = setup.start();
-        assert_eq!(mux.message().status, 200);
+        assert_eq!(mux.message().status, 200, "{case}");
         assert_ne!(up.requests()[0].bearer(), left.access);
         assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
         assert!(!draft.exists());
