@@ -183,8 +183,8 @@ fn run() -> Result<(), (u8, String)> {
     let config = match words[..] {
         [] => Config::read(Yaml::Null),
         [Some("--config"), _] => Config::load(Path::new(&arguments[1])),
-        [Some("--help")] => return print(HELP).map_err(|e| (1, e)),
-        [Some("--version")] => return print(VERSION).map_err(|e| (1, e)),
+        [Some("--help")] => return print(HELP),
+        [Some("--version")] => return print(VERSION),
         _ => Err("expected --config PATH; see --help".into()),
     };
     serve(config.map_err(|e| (2, e))?).map_err(|e| (1, e))
@@ -209,9 +209,9 @@ fn serve(config: Config) -> Result<(), String> {
     served
 }
 
-fn print(text: &str) -> Result<(), String> {
+fn print(text: &str) -> Result<(), (u8, String)> {
     let printed = io::stdout().write_all(text.as_bytes());
-    printed.map_err(|e| format!("print: {e}"))
+    printed.map_err(|e| (1, format!("print: {e}")))
 }
 
 /// Creates the state folder, private, and locks it: two processes that refresh one login with
@@ -874,9 +874,9 @@ impl Proxy {
     /// What a worker does for a request that has passed the gate.
     fn handle(&self, exchange: &mut Exchange) -> Outcome {
         let (upstream, url) = self.route(&exchange.head.target)?;
-        upstream.credential.token()?;
+        upstream.credential.token()?; // before the body, which may take minutes, and after it
         exchange.hold()?;
-        let token = upstream.credential.token()?; // again, as a body may take minutes
+        let token = upstream.credential.token()?;
         let whole = exchange.head.body.is_done();
         let mut answer = upstream.send(&url, &token, exchange)?;
         // A token that is refused is refreshed even if this request cannot be sent again.
@@ -1412,11 +1412,7 @@ impl Draft {
             fs::rename(&path, &target).map_err(failed)?;
             return Err(format!("{name}: a login was left beside it"));
         }
-        if let Err(e) = fs::remove_file(&path)
-            && e.kind() != ErrorKind::NotFound
-        {
-            return Err(failed(e));
-        }
+        let _ = fs::remove_file(&path);
         // A file that is mounted by itself cannot be linked to, nor replaced (link(2), EXDEV).
         if let Err(e) = fs::hard_link(&target, &path)
             && e.kind() == ErrorKind::CrossesDevices

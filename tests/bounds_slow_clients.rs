@@ -86,12 +86,10 @@ fn clients(mux: &Mux, count: usize) -> Vec<Client> {
     clients
 }
 
-/// Sends a byte of `text` every half second to all of them, until all are let go: nothing can be sent any more.
-fn drip(clients: &mut [Client], text: &[u8]) {
-    for byte in text.iter().cycle().take(100) {
-        let sent = clients
-            .iter_mut()
-            .filter_map(|c| c.wire.send(&[*byte]).ok());
+/// Sends a piece of `text` every half second to all of them, until all are let go: nothing can be sent any more.
+fn drip(clients: &mut [Client], text: &[u8], size: usize) {
+    for piece in text.chunks(size).cycle().take(100) {
+        let sent = clients.iter_mut().filter_map(|c| c.wire.send(piece).ok());
         if sent.count() == 0 {
             return;
         }
@@ -150,7 +148,7 @@ fn dripped_heads(mux: &Mux, _: &Upstream) {
         client.send("GET /claude/v1/messages HTTP/1.1\r\n");
     }
     assert_served_beside(mux, &clients);
-    drip(&mut clients, b"x");
+    drip(&mut clients, b"x", 1);
 }
 
 fn bodies_that_never_come(mux: &Mux, up: &Upstream) {
@@ -183,7 +181,7 @@ fn dripped_bodies(mux: &Mux, up: &Upstream) {
     for client in &mut clients {
         client.start("POST", MESSAGES, &[BEARER, ("content-length", "100000")]);
     }
-    drip(&mut clients, &[b'x'; 256]); // half of what would do
+    drip(&mut clients, &[b'x'; 256], 256); // half of what would do
     assert_eq!(mux.log_lines("status=408").len(), 64);
     assert_eq!(up.requests().len(), 1);
 }
@@ -195,7 +193,7 @@ fn dripped_chunks(mux: &Mux, up: &Upstream) {
     for client in &mut clients {
         client.start("POST", MESSAGES, &headers);
     }
-    drip(&mut clients, b"1\r\nx\r\n");
+    drip(&mut clients, b"1\r\nx\r\n", 1);
     assert_eq!(mux.log_lines("status=408").len(), 64);
     assert_eq!(up.requests().len(), 1);
 }
