@@ -204,7 +204,11 @@ fn serve(config: Config) -> Result<(), String> {
     for credential in credentials.clone() {
         lock(&credential.state).stopping = true;
     }
-    credentials.for_each(|credential| credential.finish());
+    // What need not wait for a refresh is saved first.
+    let (free, busy): (Vec<_>, Vec<_>) = credentials.partition(|c| c.turn.try_lock().is_ok());
+    for credential in free.iter().chain(&busy) {
+        let _ = catch_unwind(AssertUnwindSafe(|| credential.finish()));
+    }
     info!("stopped");
     served
 }
@@ -1016,7 +1020,7 @@ impl Token {
     }
 }
 
-/// What is needed of a token endpoint's answer. Nothing that stands beside it can spoil it: by
+/// What is needed of a token endpoint's answer. Nothing that stands beside these can spoil it: by
 /// then the old token is spent.
 #[derive(Default, Deserialize)]
 #[serde(default)]
@@ -1093,9 +1097,12 @@ impl Credential {
 
     /// Upstream answered 401 to this token: a newer one, from disk or from a refresh, if any.
     fn rejected(&self, token: &Token) -> Option<Token> {
-        self.refresh_if_due(lock(&self.turn), TOKEN_MARGIN, Some(&token.access));
-        let newer = self.reload(false).token.clone();
-        newer.filter(|newer| newer.access != token.access)
+        let newer = |other: &Token| other.access != token.access;
+        let good = |other: &Token| newer(other) && other.lasts(Duration::ZERO);
+        if !self.reload(true).token.as_ref().is_some_and(good) {
+            self.refresh_if_due(lock(&self.turn), TOKEN_MARGIN, Some(&token.access));
+        }
+        self.reload(false).token.clone().filter(newer)
     }
 
     fn is_ready(&self) -> bool {
@@ -1125,7 +1132,7 @@ impl Credential {
         self.refresh_if_due(turn, self.interval + TOKEN_MARGIN, None);
     }
 
-    /// At the end: waits for a refresh that runs, and writes what is unsaved.
+    /// At the end: waits for a refresh that runs, writes what is unsaved, and tells what is lost.
     fn finish(&self) {
         self.look();
         if lock(&self.state).unsaved.is_some() {
@@ -1206,7 +1213,9 @@ impl Credential {
             let why = format!("{url} answered {status} {word}");
             return Err((why.trim_end().into(), wait));
         }
-        let found: Tokens = serde_json::from_slice(&text).unwrap_or_default();
+        let whole = serde_json::from_slice(&text).and_then(serde_json::from_value::<Tokens>);
+        let found = whole.or_else(|_| serde_json::from_slice(&text));
+        let found = found.unwrap_or_default();
         let new = secret_in(&found.refresh_token);
         // What the answer leaves out stays as it was.
         let access = secret_in(&found.access_token).or(new.as_ref().map(|_| old.access.clone()));
@@ -1287,11 +1296,10 @@ impl Credential {
         });
         let told = std::mem::take(&mut state.trouble);
         let only_copy = state.unsaved.is_some();
-        // That of a new login goes with a log-out, not with what may be mended.
+        // That of a new login goes with a log-out, not with a file that may be mended.
         let kept = |e: &io::Error| match e.kind() {
-            ErrorKind::NotFound => only_copy && !self.path.parent().is_some_and(Path::exists),
-            ErrorKind::NotADirectory | ErrorKind::InvalidInput => only_copy,
-            ErrorKind::PermissionDenied => only_copy,
+            ErrorKind::NotFound | ErrorKind::NotADirectory => false,
+            ErrorKind::InvalidInput | ErrorKind::PermissionDenied => only_copy,
             _ => state.token.is_some() || only_copy,
         };
         match found {
@@ -1329,8 +1337,8 @@ impl Credential {
     }
 
     /// What the file holds, if it is ours to use, else why not and what to do: `InvalidData` if
-    /// it is not whole, or being written; `NotFound`, `InvalidInput` or `PermissionDenied` if that
-    /// will last.
+    /// it is not whole, or being written; `NotFound`, `NotADirectory`, `InvalidInput` or
+    /// `PermissionDenied` if that will last.
     fn read(&self) -> io::Result<(Stamp, Value, Token)> {
         let failed = |e: io::Error| self.lack(e.kind(), &format!("cannot be read: {e}"));
         let meta = fs::metadata(&self.path).map_err(failed)?;
@@ -1397,22 +1405,20 @@ impl Draft {
         let failed =
             |e| format!("{name} cannot be replaced: {e}; its folder must be writable, with room");
         let target = path.canonicalize().map_err(failed)?;
-        let seen = stamp(&target);
+        let inode = || stamp(&target).map(|([device, inode, _], ..)| (device, inode));
+        let seen = inode();
         let lock = File::open(&target).map_err(failed)?;
         // Some network file systems have no such locks.
         let taken = matches!(lock.try_lock(), Err(fs::TryLockError::WouldBlock));
-        if taken || stamp(&target) != seen {
+        if taken || inode() != seen {
             return Err(format!("{name} is locked by another program; stop it"));
         }
         let path = PathBuf::from([target.as_os_str(), "ai-mux-new".as_ref()].join(".".as_ref()));
-        // A new login that kill -9 kept from its place is whole, and younger than the old one.
-        let left = fs::read(&path).unwrap_or_default();
-        let changed = |path| stamp(path).map(|(_, changed, _)| changed);
-        if serde_json::from_slice::<Value>(&left).is_ok() && changed(&path) > changed(&target) {
-            fs::rename(&path, &target).map_err(failed)?;
-            return Err(format!("{name}: a login was left beside it"));
+        if let Err(e) = fs::remove_file(&path) // left behind by kill -9
+            && e.kind() != ErrorKind::NotFound
+        {
+            return Err(failed(e));
         }
-        let _ = fs::remove_file(&path);
         // A file that is mounted by itself cannot be linked to, nor replaced (link(2), EXDEV).
         if let Err(e) = fs::hard_link(&target, &path)
             && e.kind() == ErrorKind::CrossesDevices

@@ -116,7 +116,11 @@ fn a_login_is_not_given_up_for_a_file_that_was_given_away_twice() {
     chown(&path, Some(1), None).expect("give a file away");
     go.advance();
     mux.wait_log("ERROR");
-    assert_eq!(mux.message().status, 200, "the tokens in memory serve");
+    for _ in 0..20 {
+        assert_eq!(mux.message().status, 200, "the tokens in memory serve");
+    }
+    let told = mux.log_lines("not ai-mux's").len();
+    assert!(told < 10, "told {told} times");
     chown(&path, Some(setup::NOBODY), None).expect("give a file away");
     wait_until_saved(&up, &mux);
     assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
@@ -302,88 +306,6 @@ fn a_touch_in_the_moment_of_saving_delays_nothing() {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o400)).expect("chmod");
     assert_eq!(mux.message().text(), "saved");
     assert!(mux.log_lines("ERROR").is_empty(), "{}", mux.log());
-}
-
-/// More than one of the file system's clock.
-const TICK: Duration = Duration::from_millis(50);
-
-/// What is beside the file after a kill between the sync of a new login and the rename: that login, which the
-/// vendor has given for the one in the file.
-fn left_behind(up: &Upstream, setup: &Setup) -> (PathBuf, Login) {
-    let newer = up.login("claude", 3600);
-    thread::sleep(TICK);
-    let path = login::path(&setup.state(), "claude");
-    let draft = PathBuf::from(format!("{}.ai-mux-new", path.display()));
-    // As it is if the kill came before its end was cut off.
-    let text = format!("{}          ", newer.claude());
-    fs::write(&draft, text).expect("write a draft");
-    (draft, newer)
-}
-
-#[test]
-fn what_a_kill_left_whole_beside_the_file_is_the_login() {
-    let up = Upstream::plain();
-    let old = up.login("claude", -10);
-    let setup = Setup::bare(&up).save("claude", &old.claude());
-    up.end_login(&old.refresh);
-    let (draft, newer) = left_behind(&up, &setup);
-    let mux = setup.start();
-    assert_eq!(mux.message().status, 200);
-    assert_eq!(up.requests()[0].bearer(), newer.access);
-    assert_eq!(up.refreshes().len(), 0);
-    let file = login::read(&mux.state(), "claude");
-    assert_eq!(file, newer.claude());
-    assert!(!draft.exists());
-}
-
-/// Whoever has logged in since, or out and in, has done so for a reason.
-#[test]
-fn what_a_kill_left_is_nothing_once_the_file_has_changed() {
-    for case in ["changed", "not whole", "the file itself"] {
-        let up = Upstream::plain();
-        let setup = Setup::bare(&up);
-        login::save(&setup.state(), "claude", &up.login("claude", -10).claude());
-        let (draft, left) = left_behind(&up, &setup);
-        match case {
-            "changed" => {
-                thread::sleep(TICK);
-                login::save(&setup.state(), "claude", &up.login("claude", -10).claude());
-            }
-            "not whole" => fs::write(&draft, "{\"claudeAiOauth\":{    ").expect("write a draft"),
-            _ => {
-                let path = login::path(&setup.state(), "claude");
-                fs::remove_file(&draft).expect("remove a draft");
-                fs::hard_link(path, &draft).expect("link a file");
-            }
-        }
-        let mux = setup.start();
-        assert_eq!(mux.message().status, 200, "{case}");
-        assert_ne!(up.requests()[0].bearer(), left.access);
-        assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
-        assert!(!draft.exists());
-    }
-}
-
-/// As when its folder is mounted anew, so that it can be written again.
-#[test]
-fn a_login_is_not_given_up_for_a_folder_that_is_away_for_a_moment() {
-    let up = Upstream::plain();
-    let mux = unsaved(&up, Setup::new(&up).set("refresh_check_interval", "30m"));
-    let used = up.requests().pop().expect("a request").bearer().to_owned();
-    let folder = mux.state().join("claude");
-    let away = mux.state().join("away");
-    fs::rename(&folder, &away).expect("move a folder");
-    let health = || mux.client().request("GET", "/healthz", &[], b"").answer();
-    for _ in 0..20 {
-        assert_eq!(health().json()["providers"]["claude"], "ready");
-    }
-    fs::rename(&away, &folder).expect("move a folder");
-    assert_eq!(mux.message().status, 200);
-    assert_eq!(up.requests().pop().expect("a request").bearer(), used);
-    allow(&folder, 0o700);
-    wait_until_saved(&up, &mux);
-    let warned = mux.log_lines("WARN").len();
-    assert!(warned < 10, "{warned} warnings:\n{}", mux.log());
 }
 
 /// To whoever reads the log, and to a client, once the token in memory has ended.
