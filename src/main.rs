@@ -86,6 +86,8 @@ const IDLE_TIME: Duration = Duration::from_secs(300);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// What is read from a client in one go: a head and a small body fit.
 const CHUNK_SIZE: usize = 8 << 10;
+/// Of a request's path, in the log.
+const PATH_SHOWN: usize = 200;
 /// A request body; both vendors refuse larger ones themselves.
 const BODY_SIZE: u64 = 64 << 20;
 /// The part of a body that is held in memory so that it can be sent a second time.
@@ -152,7 +154,7 @@ const DRAIN_TIME: Duration = Duration::from_secs(10);
 const FOREVER: Duration = Duration::from_secs(365 * 86400);
 
 // ─── main ────────────────────────────────────────────────────────────────────────────────────
-// In: the command line, signals. Out: an exit code: 0, 1 for a failure to start or run, 2 for
+// In: the command line. Out: an exit code: 0, 1 for a failure to start or run, 2 for
 // a bad command line or configuration.
 
 const VERSION: &str = concat!("ai-mux ", env!("CARGO_PKG_VERSION"), "\n");
@@ -249,7 +251,7 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
 // ─── gate ────────────────────────────────────────────────────────────────────────────────────
 // In: client connections, verdicts, signals. Out: exchanges for the workers, whose heads are
 // well-formed and have passed the handler's screening; to the client, only what is decided by the
-// head alone, or that the pool is full. One thread, and all of it its own but what is parked; it
+// head alone, or that the pool is full. One thread, and all of it its own but what is parked and the verdicts; it
 // waits for all clients and for none. No body passes but what is drained after a last answer.
 
 struct Gate {
@@ -288,8 +290,8 @@ impl Gate {
         let refused = |e| format!("listen on {:?}: {e}", config.listen);
         let listener = listen(&config.listen).map_err(refused)?;
         let tls = config.tls.take();
-        let (settings, roots) = (std::mem::take(&mut config.providers), roots()?);
-        let settings = settings.into_iter();
+        let roots = roots()?;
+        let settings = std::mem::take(&mut config.providers).into_iter();
         let upstreams = settings.map(|each| Upstream::new(each, &config, &roots));
         let proxy = Arc::new(Proxy {
             upstreams: upstreams.collect::<Result<_, _>>()?,
@@ -427,8 +429,8 @@ impl Gate {
 
     /// Closes the connection that has been quiet longest, if there is one.
     fn make_room(&mut self) -> bool {
-        let quietest = (!self.connections.is_empty()).then(|| self.connections.remove(0));
-        quietest.is_some()
+        let quietest = self.connections.len().min(1);
+        self.connections.drain(..quietest).next().is_some()
     }
 
     /// Reads on what a client sends. A whole head begins an exchange.
@@ -509,13 +511,27 @@ fn signals(waker: &UnixStream) -> io::Result<Arc<AtomicBool>> {
     Ok(seen)
 }
 
-/// Listens on the first address that can be had. `[::]` takes IPv4 as well, unless the host says
-/// otherwise (net.ipv6.bindv6only).
+/// Listens on the first address that can be had. `[::]` takes IPv4 as well, whatever the host's
+/// default (net.ipv6.bindv6only), which is why this is not `TcpListener::bind`.
 fn listen(addresses: &[SocketAddr]) -> io::Result<TcpListener> {
-    let listener = TcpListener::bind(addresses)?;
-    rustix::net::listen(&listener, BACKLOG)?; // again, as std does so with 128
-    listener.set_nonblocking(true)?;
-    Ok(listener)
+    use rustix::net::{AddressFamily, SocketType, bind, listen, socket, sockopt};
+    let open = |address: &SocketAddr| {
+        let family = match address {
+            SocketAddr::V4(_) => AddressFamily::INET,
+            SocketAddr::V6(_) => AddressFamily::INET6,
+        };
+        let socket = socket(family, SocketType::STREAM, None)?;
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+        let _ = sockopt::set_ipv6_v6only(&socket, false); // an IPv4 one has no such option
+        bind(&socket, address)?;
+        listen(&socket, BACKLOG)?;
+        let listener = TcpListener::from(socket);
+        listener.set_nonblocking(true).map(|()| listener)
+    };
+    let none = Err(ErrorKind::NotFound.into());
+    addresses
+        .iter()
+        .fold(none, |tried, address| tried.or_else(|_| open(address)))
 }
 
 /// What clients see of us, and the files that it comes from: certificate and key.
@@ -609,7 +625,9 @@ impl Head {
             Ok(httparse::Status::Partial) if !large(bytes) => return Ok(None),
             Ok(_) | Err(httparse::Error::TooManyHeaders) => return Err(head_too_large()),
             Err(_) if large(bytes) => return Err(head_too_large()),
-            Err(httparse::Error::Token) => return Err(malformed("no HTTP; is it https to http?")),
+            Err(_) if bytes.starts_with(b"\x16") => {
+                return Err(malformed("https, to an http port"));
+            }
             Err(e) => return Err(malformed(&e.to_string())),
         };
         let mut lines = bytes[..length].split_inclusive(|b| *b == b'\n');
@@ -775,10 +793,11 @@ fn fence(mut exchange: Exchange, handle: impl FnOnce(&mut Exchange) -> Outcome) 
         Err(_) => Err(Reply::new(500, "a fault of ai-mux; its log says more")),
     };
     let concluded = catch_unwind(AssertUnwindSafe(|| exchange.conclude(outcome)));
-    concluded.unwrap_or(None)
+    concluded.unwrap_or_default()
 }
 
-/// Whether a request has its whole answer from upstream; if not, what the client is told instead.
+/// Whether a request has its whole answer from upstream; if not, the reply, or (with status 0) why
+/// the connection is broken off.
 type Outcome = Result<(), Reply>;
 
 /// A client's request, from its head to its verdict.
@@ -844,25 +863,25 @@ impl Exchange {
 }
 
 // ─── handler ─────────────────────────────────────────────────────────────────────────────────
-// In: an exchange, whose head is well-formed. Out: the answer, on the exchange's stream, or the
-// fault. The order of the steps is the policy: nobody without a token learns which paths exist,
+// In: an exchange, whose head is well-formed. Out: the answer, on the exchange's stream, or a
+// reply. The order of the steps is the policy: nobody without a token learns which paths exist,
 // and no worker, no byte of the body and no refresh is spent on what is refused anyway.
 
 impl Proxy {
     /// What the gate can tell by the head alone: a reply, or that it takes a worker.
     fn screen(&self, exchange: &mut Exchange) -> Result<(), Reply> {
+        let path = path_of(&exchange.head.target).as_bytes();
+        let logged = |user: &User| {
+            let token = user.token.expose().as_bytes();
+            let path = &path[..path.len().min(PATH_SHOWN + token.len())];
+            path.windows(token.len())
+                .any(|part| part.ct_eq(token).into())
+        };
+        if self.config.users.iter().any(logged) {
+            exchange.head.target = "(a token)".into(); // which leads nowhere
+        }
         let (head, peer) = (&exchange.head, exchange.stream.peer);
         debug!("peer={peer} request: {}", shown(&head.fields));
-        let path = path_of(&head.target).as_bytes();
-        let in_path = |user: &User| {
-            let token = user.token.expose().as_bytes();
-            let mut parts = path.windows(token.len());
-            parts.any(|part| part.ct_eq(token).into())
-        };
-        if self.config.users.iter().any(in_path) {
-            exchange.head.target = "(a token)".into(); // for the log
-            return Err(Reply::new(404, "send the token in a header"));
-        }
         if head.is_health() {
             return Err(Reply::new(200, self.health()));
         }
@@ -1213,9 +1232,7 @@ impl Credential {
             let why = format!("{url} answered {status} {word}");
             return Err((why.trim_end().into(), wait));
         }
-        let whole = serde_json::from_slice(&text).and_then(serde_json::from_value::<Tokens>);
-        let found = whole.or_else(|_| serde_json::from_slice(&text));
-        let found = found.unwrap_or_default();
+        let found: Tokens = serde_json::from_slice(&text).unwrap_or_default();
         let new = secret_in(&found.refresh_token);
         // What the answer leaves out stays as it was.
         let access = secret_in(&found.access_token).or(new.as_ref().map(|_| old.access.clone()));
@@ -1614,72 +1631,6 @@ impl Provider {
     }
 }
 
-/// What vouches for an upstream: the built-in roots, or those in `SSL_CERT_FILE`.
-fn roots() -> Result<RootCerts, String> {
-    let file = std::env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty());
-    let Some(path) = file else {
-        return Ok(RootCerts::WebPki);
-    };
-    let found = certificates(path.as_ref()).map_err(|e| format!("SSL_CERT_FILE: {e}"))?;
-    let owned = |der| ureq::tls::Certificate::from_der(der).to_owned();
-    Ok(found.iter().map(|der| owned(der)).into())
-}
-
-/// How upstream is reached, for requests and for refreshes: everything automatic is off.
-fn agent(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentConfig, String> {
-    let uri: http::Uri = url.parse().map_err(|e| format!("{url}: {e}"))?;
-    let mut proxy = config.proxy.clone();
-    let mut names = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].into_iter();
-    let set = |name| std::env::var(name).ok().filter(|text| !text.is_empty());
-    if proxy.is_none()
-        && let Some((name, text)) = names.find_map(|name| Some(name).zip(set(name)))
-    {
-        let wrong = |_| format!("{name} (not shown): expected a proxy's URL");
-        let found = ureq::Proxy::new(&text).map_err(wrong)?;
-        let host = uri.host().unwrap_or_default().to_ascii_lowercase();
-        // A name stands for all that is below it, with or without a dot before it.
-        let listed = |item: &str| {
-            let front = host.strip_suffix(item.trim().trim_start_matches(['*', '.']));
-            item.trim() == "*" || front.is_some_and(|f| f.is_empty() || f.ends_with('.'))
-        };
-        let direct = ["NO_PROXY", "no_proxy"].into_iter().find_map(set);
-        let direct = direct.map(|list| list.to_ascii_lowercase());
-        let direct = direct.is_some_and(|list| list.split(',').any(listed));
-        proxy = Some(found).filter(|_| !direct);
-    }
-    let tls = ureq::tls::TlsConfig::builder().root_certs(roots.clone());
-    Ok(ureq::Agent::config_builder()
-        .tls_config(tls.build())
-        .proxy(proxy.filter(|_| !is_loopback(&uri)))
-        .http_status_as_error(false)
-        .max_redirects(0)
-        .accept("")
-        .accept_encoding("")
-        .user_agent("")
-        .allow_non_standard_methods(true)
-        .input_buffer_size(UPSTREAM_INPUT)
-        .output_buffer_size(UPSTREAM_OUTPUT)
-        .max_response_header_size(UPSTREAM_INPUT)
-        .max_idle_age(UPSTREAM_IDLE))
-}
-
-type AgentConfig = ureq::config::ConfigBuilder<ureq::typestate::AgentScope>;
-
-/// The certificates in a PEM file, one at least.
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let failed = |why: &dyn Display| format!("{}: {why}", path.display());
-    let pem = fs::read(path).map_err(|e| failed(&e))?;
-    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
-    let found = found.ok().filter(|found| !found.is_empty());
-    found.ok_or_else(|| failed(&"found no certificate, expected PEM"))
-}
-
-fn is_loopback(uri: &http::Uri) -> bool {
-    let host = uri.host().unwrap_or_default();
-    let address: Result<IpAddr, _> = host.trim_matches(['[', ']']).parse();
-    host == "localhost" || address.is_ok_and(|ip| ip.is_loopback())
-}
-
 /// Head read, body not.
 type Answer = http::Response<ureq::Body>;
 
@@ -1786,6 +1737,72 @@ impl Upstream {
     }
 }
 
+/// What vouches for an upstream: the built-in roots, or those in `SSL_CERT_FILE`.
+fn roots() -> Result<RootCerts, String> {
+    let file = std::env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty());
+    let Some(path) = file else {
+        return Ok(RootCerts::WebPki);
+    };
+    let found = certificates(path.as_ref()).map_err(|e| format!("SSL_CERT_FILE: {e}"))?;
+    let owned = |der| ureq::tls::Certificate::from_der(der).to_owned();
+    Ok(found.iter().map(|der| owned(der)).into())
+}
+
+/// How upstream is reached, for requests and for refreshes: everything automatic is off.
+fn agent(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentConfig, String> {
+    let uri: http::Uri = url.parse().map_err(|e| format!("{url}: {e}"))?;
+    let mut proxy = config.proxy.clone();
+    let mut names = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].into_iter();
+    let set = |name| std::env::var(name).ok().filter(|text| !text.is_empty());
+    if proxy.is_none()
+        && let Some((name, text)) = names.find_map(|name| Some(name).zip(set(name)))
+    {
+        let wrong = |_| format!("{name} (not shown): expected a proxy's URL");
+        let found = ureq::Proxy::new(&text).map_err(wrong)?;
+        let host = uri.host().unwrap_or_default().to_ascii_lowercase();
+        // A name stands for all that is below it, with or without a dot before it.
+        let listed = |item: &str| {
+            let front = host.strip_suffix(item.trim().trim_start_matches(['*', '.']));
+            item.trim() == "*" || front.is_some_and(|f| f.is_empty() || f.ends_with('.'))
+        };
+        let direct = ["NO_PROXY", "no_proxy"].into_iter().find_map(set);
+        let direct = direct.map(|list| list.to_ascii_lowercase());
+        let direct = direct.is_some_and(|list| list.split(',').any(listed));
+        proxy = Some(found).filter(|_| !direct);
+    }
+    let tls = ureq::tls::TlsConfig::builder().root_certs(roots.clone());
+    Ok(ureq::Agent::config_builder()
+        .tls_config(tls.build())
+        .proxy(proxy.filter(|_| !is_loopback(&uri)))
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .accept("")
+        .accept_encoding("")
+        .user_agent("")
+        .allow_non_standard_methods(true)
+        .input_buffer_size(UPSTREAM_INPUT)
+        .output_buffer_size(UPSTREAM_OUTPUT)
+        .max_response_header_size(UPSTREAM_INPUT - 1)
+        .max_idle_age(UPSTREAM_IDLE))
+}
+
+type AgentConfig = ureq::config::ConfigBuilder<ureq::typestate::AgentScope>;
+
+/// The certificates in a PEM file, one at least.
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let failed = |why: &dyn Display| format!("{}: {why}", path.display());
+    let pem = fs::read(path).map_err(|e| failed(&e))?;
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
+    let found = found.ok().filter(|found| !found.is_empty());
+    found.ok_or_else(|| failed(&"found no certificate, expected PEM"))
+}
+
+fn is_loopback(uri: &http::Uri) -> bool {
+    let host = uri.host().unwrap_or_default();
+    let address: Result<IpAddr, _> = host.trim_matches(['[', ']']).parse();
+    host == "localhost" || address.is_ok_and(|ip| ip.is_loopback())
+}
+
 /// Looks a name up for ureq, which asks before each request, even for a kept connection. What is
 /// known is good for `LOOKUP_AGE`, and for longer while no name server answers.
 #[derive(Debug, Default)]
@@ -1835,9 +1852,11 @@ impl<T: Transport> Transport for IdleLimit<T> {
     fn await_input(&mut self, mut time: NextTimeout) -> Result<bool, ureq::Error> {
         if time.reason == ureq::Timeout::RecvBody {
             // In tenths: the same each time, as a rule, so that the socket need not be told anew.
-            let tenths = |end| left_until(end).as_millis().div_ceil(100) as u64;
-            let left = SILENCE_END.get().map(tenths);
-            time.per_read = left.map(|tenths| Duration::from_millis(tenths * 100).into());
+            let left = |end| left_until(end).as_micros().next_multiple_of(100_000) as u64;
+            let left = SILENCE_END
+                .get()
+                .map(|end| Duration::from_micros(left(end)));
+            time.per_read = left.map(Into::into);
         }
         self.0.await_input(time)
     }
@@ -2312,9 +2331,9 @@ fn answer_head(parts: &Parts, bodyless: bool, request: &mut Head) -> (Vec<u8>, b
 }
 
 // ─── config ──────────────────────────────────────────────────────────────────────────────────
-// In: the configuration file. Out: a `Config` that cannot be wrong, or one line that names the
-// file, the field, what was found and what would be right; what was found is not shown where it
-// could be a secret.
+// In: the configuration file, and which logins there are. Out: a `Config` that cannot be wrong, or
+// one line that names the file, the field, what was found and what would be right; what was found
+// is not shown where it could be a secret.
 
 struct Config {
     listen: Vec<SocketAddr>,
@@ -2635,7 +2654,7 @@ fn whole_uri(text: &str) -> Option<http::Uri> {
 }
 
 // ─── replies ─────────────────────────────────────────────────────────────────────────────────
-// What a client hears from ai-mux itself: it says what to do.
+// What a client hears from ai-mux itself, which says what to do; with status 0 only the log does.
 
 struct Reply {
     /// 0: nobody hears it, it is only logged, as the connection is broken off.
@@ -2699,7 +2718,7 @@ impl Reply {
     }
 }
 
-/// The answer has begun already, or there is nobody to answer.
+/// Breaks the connection off: the answer has begun already, or there is nobody to answer.
 fn broken(why: impl Into<String>) -> Reply {
     Reply::new(0, why)
 }
@@ -2726,7 +2745,7 @@ impl Exchange {
     fn log(&self, ended: Option<String>) {
         let (peer, head, report) = (self.stream.peer, &self.head, &self.report);
         let path = path_of(&head.target);
-        let path = path.get(..200).unwrap_or(path); // ASCII, says the gate
+        let path = path.get(..PATH_SHOWN).unwrap_or(path); // ASCII, says the gate
         let words = [&report.user, report.provider, &head.method, path];
         let [user, provider, method, path] = words.map(|w| if w.is_empty() { "-" } else { w });
         let (status, bytes) = (report.status, report.bytes);

@@ -182,22 +182,6 @@ fn an_answer_without_a_body_leaves_the_connection_good() {
     }
 }
 
-/// What comes with an interim answer is no part of a head, however large it is.
-#[test]
-fn a_large_answer_right_behind_an_interim_one() {
-    let up = Upstream::start(|_, conn| {
-        let early = "HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n";
-        let head = "HTTP/1.1 200 OK\r\ncontent-length: 60000\r\n\r\n";
-        conn.wire
-            .send(&[early.as_bytes(), head.as_bytes(), &[b'x'; 60_000]].concat())
-    });
-    let mux = Mux::start(&up);
-    for _ in 0..5 {
-        let answer = mux.message();
-        assert_eq!((answer.status, answer.body.len()), (200, 60_000));
-    }
-}
-
 #[test]
 fn trailers_and_interim_answers_are_dropped() {
     let up = Upstream::start(|_, conn| {
