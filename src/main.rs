@@ -1853,10 +1853,8 @@ impl<T: Transport> Transport for IdleLimit<T> {
         if time.reason == ureq::Timeout::RecvBody {
             // In tenths: the same each time, as a rule, so that the socket need not be told anew.
             let left = |end| left_until(end).as_micros().next_multiple_of(100_000) as u64;
-            let left = SILENCE_END
-                .get()
-                .map(|end| Duration::from_micros(left(end)));
-            time.per_read = left.map(Into::into);
+            let end = SILENCE_END.get();
+            time.per_read = end.map(|end| Duration::from_micros(left(end)).into());
         }
         self.0.await_input(time)
     }

@@ -186,3 +186,38 @@ fn longer_than_the_request_timeout() {
     }
     assert_eq!(client.piece().expect("a proper end"), None);
 }
+
+/// Not also one to set a time-out: with 256 streams that is seen.
+#[test]
+fn an_event_costs_two_system_calls_on_sockets() {
+    const MANY: usize = 50;
+    let shown = Steps::default();
+    let steps = shown.clone();
+    let up = Upstream::start(move |_, conn| {
+        conn.stream(&[])?;
+        for n in 1..=MANY {
+            conn.chunk(event(n))?;
+            steps.wait(n);
+        }
+        conn.finish()
+    });
+    let setup = Setup::new(&up);
+    let calls = setup.folder.0.join("calls");
+    let options = format!("-o {} -e trace=setsockopt,recvfrom,sendto", calls.display());
+    let Some(script) = setup::under_strace(&options) else {
+        return say("SKIPPED: no strace");
+    };
+    let mut mux = setup.shell(&script).start();
+    let mut client = mux.client();
+    client.request("POST", MESSAGES, &[BEARER], b"{}").head();
+    for n in 1..=MANY {
+        assert_eq!(client.text(), event(n));
+        shown.advance();
+    }
+    assert_eq!(client.piece().expect("a proper end"), None);
+    assert_eq!(mux.stop(), 0);
+    let calls = std::fs::read_to_string(calls).expect("what strace wrote");
+    let count = |name: &str| calls.lines().filter(|line| line.contains(name)).count();
+    assert!(count("sendto(") >= MANY, "{calls}");
+    assert!(count("setsockopt(") < MANY / 2, "{calls}");
+}
