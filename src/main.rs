@@ -206,6 +206,7 @@ fn serve(config: Config) -> Result<(), String> {
     for credential in credentials.clone() {
         lock(&credential.state).stopping = true;
     }
+    debug!("no refresh begins any more");
     // What need not wait for a refresh is saved first.
     let (free, busy): (Vec<_>, Vec<_>) = credentials.partition(|c| c.turn.try_lock().is_ok());
     for credential in free.iter().chain(&busy) {
@@ -233,8 +234,8 @@ fn lock_state_dir(folder: &Path) -> Result<File, String> {
 }
 
 /// Takes a lock whatever a panicking thread left behind: every state here is valid after each
-/// statement. Nothing is waited for while one is held, but a small file on this machine; only a
-/// credential's `turn` is held for a whole refresh.
+/// statement. Nothing is waited for while one is held, but a small file on this machine, and the
+/// log; only a credential's `turn` is held for a whole refresh.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -251,8 +252,9 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
 // ─── gate ────────────────────────────────────────────────────────────────────────────────────
 // In: client connections, verdicts, signals. Out: exchanges for the workers, whose heads are
 // well-formed and have passed the handler's screening; to the client, only what is decided by the
-// head alone, or that the pool is full. One thread, and all of it its own but what is parked and the verdicts; it
-// waits for all clients and for none. No body passes but what is drained after a last answer.
+// head alone, or that the pool is full. One thread, and all of it its own but what is parked and
+// the verdicts; it waits for all clients and for none. No body passes but what is drained after a
+// last answer.
 
 struct Gate {
     proxy: Arc<Proxy>,
@@ -747,8 +749,8 @@ impl Gate {
     }
 }
 
-/// Starts tiny_http, and proves its inner connection by a first ticket. They meet in a private
-/// folder that is gone by then: in `state_dir`, or among the temporary ones where that is
+/// Starts tiny_http, and proves the inner connection to it by a first ticket. Its ends meet in a
+/// private folder that is gone by then: in `state_dir`, or among the temporary ones where that is
 /// read-only or its path too long for a socket address (107 bytes, unix(7)).
 fn start_server(state_dir: &Path) -> io::Result<(Arc<tiny_http::Server>, UnixStream)> {
     let meet = |folder: PathBuf| {
@@ -1282,7 +1284,8 @@ impl Credential {
         }
     }
 
-    /// Writes a new token into the file, unless that has a newer login; and what it has then.
+    /// Writes a new token into the file, by the draft or a new one, unless the file has a newer
+    /// login; and what it has then.
     fn write(&self, old: &Token, new: &Token, draft: Option<Draft>) -> Result<Token, String> {
         let failed = |e: io::Error| format!("write {}: {e}", self.path.display());
         let draft = draft.map_or_else(|| Draft::new(&self.path), Ok)?;

@@ -184,11 +184,10 @@ fn no_second_refresh_begins_behind_the_one_that_is_waited_for() {
     let up = Upstream::plain();
     let go = up.hold_refreshes();
     let setup = Setup::new(&up).save("claude", &up.login("claude", -10).claude());
-    let mut mux = setup.start();
+    let mut mux = setup.set("log_level", "debug").start();
     up.wait(1, Request::is_refresh);
     mux.signal(Signal::TERM);
-    mux.wait_log("stopping, once ");
-    thread::sleep(Duration::from_millis(200)); // With no request running, it waits for the refresh now.
+    mux.wait_log("no refresh begins any more");
     let winner = up.login("claude", -10);
     login::save(&mux.state(), "claude", &winner.claude());
     go.advance();
