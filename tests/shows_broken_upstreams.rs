@@ -154,9 +154,8 @@ fn a_certificate_that_nobody_vouches_for_is_502() {
 #[test]
 fn roots_that_cannot_be_had_stop_the_start() {
     let up = Upstream::plain();
-    let setup = || Setup::new(&up);
     for name in ["missing.pem", "empty.pem"] {
-        let setup = setup();
+        let setup = Setup::new(&up);
         let path = setup.write(name, "no certificate");
         if name == "missing.pem" {
             std::fs::remove_file(&path).expect("remove a file");
