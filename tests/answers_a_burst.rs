@@ -3,6 +3,7 @@
 mod common;
 use common::*;
 use std::thread;
+use std::time::{Duration, Instant};
 
 #[test]
 fn sixty_four_clients_connect_in_the_same_instant_and_keep_their_connections() {
@@ -115,4 +116,31 @@ fn a_request_waits_for_a_worker() {
     go.advance();
     assert_eq!(first.answer().text(), "fine");
     assert_eq!(second.answer().text(), "fine");
+}
+
+/// A stack that has grown keeps its pages for as long as its thread lives.
+#[test]
+fn workers_that_a_burst_needed_end_after_it() {
+    let together = Steps::default();
+    let served = together.clone();
+    let up = Upstream::start(move |_, conn| {
+        served.advance();
+        served.wait(16);
+        conn.respond(200, &[], b"fine")
+    });
+    let mux = Mux::start(&up);
+    let before = mux.footprint().threads;
+    let mut clients: Vec<_> = (0..16).map(|_| mux.client()).collect();
+    for client in &mut clients {
+        client.request("POST", MESSAGES, &[BEARER], b"{}");
+    }
+    for client in &mut clients {
+        assert_eq!(client.answer().text(), "fine");
+    }
+    let deadline = Instant::now() + 2 * PATIENCE;
+    while mux.footprint().threads > before {
+        assert!(Instant::now() < deadline, "workers are left");
+        thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(mux.message().status, 200);
 }
