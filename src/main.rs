@@ -1006,8 +1006,6 @@ struct State {
     /// Of the file when it last held a login; and whether that is sure while it has this one.
     seen: Option<Stamp>,
     settled: bool,
-    /// What keeps the file from being read, once that was told.
-    trouble: String,
     /// When the present login was last refreshed.
     refreshed: Option<SystemTime>,
     /// The last wait after a failure to do so.
@@ -1305,16 +1303,6 @@ impl Credential {
             return state;
         }
         state.settled = false;
-        let found = self.read().map(|(stamp, _, token)| {
-            state.settled = stamp.2.elapsed().is_ok_and(|age| age > SETTLE_TIME);
-            // A change of the file is worth another try, but not one of its mode.
-            let content = |stamp: Stamp| (stamp.0, stamp.2);
-            if state.seen.replace(stamp).map(content) != Some(content(stamp)) {
-                state.failure.take_if(|(_, until)| until.is_none());
-            }
-            token
-        });
-        let told = std::mem::take(&mut state.trouble);
         let only_copy = state.unsaved.is_some();
         // That of a new login goes with a log-out, not with a file that may be mended.
         let kept = |e: &io::Error| match e.kind() {
@@ -1322,16 +1310,19 @@ impl Credential {
             ErrorKind::InvalidInput | ErrorKind::PermissionDenied => only_copy,
             _ => state.token.is_some() || only_copy,
         };
-        match found {
-            Ok(token) => self.adopt(&mut state, Some(token), None),
-            Err(e) if !kept(&e) => self.adopt(&mut state, None, Some((e.to_string(), None))),
-            Err(e) if e.kind() == ErrorKind::InvalidData => {} // half written, it is no log-out
-            Err(e) => {
-                state.trouble = e.to_string();
-                if state.trouble != told {
-                    warn!("{}: {e}", self.provider.name);
+        match self.read() {
+            Ok((stamp, _, token)) => {
+                state.settled = stamp.2.elapsed().is_ok_and(|age| age > SETTLE_TIME);
+                // A change of the file is worth another try, but not one of its mode.
+                let content = |stamp: Stamp| (stamp.0, stamp.2);
+                if state.seen.replace(stamp).map(content) != Some(content(stamp)) {
+                    state.failure.take_if(|(_, until)| until.is_none());
                 }
+                self.adopt(&mut state, Some(token), None);
             }
+            // Half written, say; a refresh or a save that needs the file tells what is wrong with it.
+            Err(e) if kept(&e) => {}
+            Err(e) => self.adopt(&mut state, None, Some((e.to_string(), None))),
         }
         state
     }
