@@ -1006,8 +1006,8 @@ struct State {
     /// Of the file when it last held a login; and whether that is sure while it has this one.
     seen: Option<Stamp>,
     settled: bool,
-    /// When the present login was last refreshed.
-    refreshed: Option<SystemTime>,
+    /// The access token that the last refresh brought, and when.
+    refreshed: Option<(Secret, SystemTime)>,
     /// The last wait after a failure to do so.
     backoff: Duration,
     failure: Option<Outage>,
@@ -1054,11 +1054,12 @@ struct Tokens {
 type RefreshError = (String, Option<Duration>);
 
 impl State {
-    /// Whether the last refresh was less than `TOKEN_MARGIN` ago: then neither a 401, nor an expiry
+    /// Whether a refresh brought it less than `TOKEN_MARGIN` ago: then neither a 401, nor an expiry
     /// that is in the past by our clock, is reason for another.
-    fn is_young(&self) -> bool {
-        let young = |at: SystemTime| at.elapsed().is_ok_and(|age| age < TOKEN_MARGIN);
-        self.refreshed.is_some_and(young)
+    fn is_young(&self, token: &Token) -> bool {
+        let young = |at: &SystemTime| at.elapsed().is_ok_and(|age| age < TOKEN_MARGIN);
+        let last = self.refreshed.as_ref();
+        last.is_some_and(|(access, at)| *access == token.access && young(at))
     }
 
     /// The token, if it must be refreshed, `margin` before its end, and may be now.
@@ -1066,7 +1067,7 @@ impl State {
         let token = self.token.as_ref()?;
         let waits = match &self.failure {
             Some((_, until)) => until.is_none_or(|at| !left_until(at).is_zero()),
-            None => self.is_young(),
+            None => self.is_young(token),
         };
         let wanted = !token.lasts(margin) || rejected == Some(&token.access);
         let due = wanted && token.refresh.is_some() && !waits && !self.stopping;
@@ -1101,7 +1102,7 @@ impl Credential {
             state = self.reload(false);
         }
         let dead = |why: &str| Reply::new(503, format!("ai-mux has no login to use: {why}"));
-        let usable = |t: &&Token| t.lasts(Duration::ZERO) || state.is_young();
+        let usable = |t: &&Token| t.lasts(Duration::ZERO) || state.is_young(t);
         match (&state.failure, state.token.as_ref().filter(usable)) {
             (Some((why, None)), _) => Err(dead(why)),
             (_, Some(token)) => Ok(token.clone()),
@@ -1206,7 +1207,10 @@ impl Credential {
             return Ok(());
         }
         let new = self.request_token(old)?;
-        lock(&self.state).unsaved = Some((old.clone(), new));
+        let mut state = lock(&self.state);
+        state.refreshed = Some((new.access.clone(), SystemTime::now()));
+        state.unsaved = Some((old.clone(), new));
+        drop(state);
         self.save(Some(draft));
         Ok(())
     }
@@ -1253,26 +1257,16 @@ impl Credential {
     fn save(&self, draft: Option<Draft>) {
         let unsaved = lock(&self.state).unsaved.clone();
         let Some((old, new)) = unsaved else { return };
-        let (name, first) = (self.provider.name, draft.is_some());
         let saved = self.write(&old, &new, draft);
         // At once again: what another program did to it in just that moment is over.
         let saved = saved.or_else(|_| self.write(&old, &new, None));
         let mut state = self.reload(true);
-        if first {
-            info!("{name}: refreshed");
-        }
-        if state.unsaved.is_none() {
-            return; // a login of the file's own, or a log-out, has won
-        }
-        if first {
-            state.refreshed = Some(SystemTime::now());
-        } else if saved.is_ok() {
-            info!("{name}: the new login is on disk");
-        }
         match saved {
+            _ if state.unsaved.is_none() => {} // a login of the file's own, or a log-out, has won
             Ok(token) => {
-                state.token = Some(token);
-                (state.unsaved, state.failure, state.backoff) = (None, None, Duration::ZERO);
+                info!("{}: refreshed", self.provider.name);
+                (state.token, state.unsaved) = (Some(token), None);
+                (state.failure, state.backoff) = (None, Duration::ZERO);
             }
             Err(why) => {
                 state.token = Some(new);
@@ -1344,7 +1338,7 @@ impl Credential {
             Some((why, _)) => warn!("{name}: {why}"),
         }
         (state.token, state.failure) = (token, failure);
-        (state.refreshed, state.backoff, state.unsaved) = (None, Duration::ZERO, None);
+        (state.unsaved, state.backoff) = (None, Duration::ZERO);
     }
 
     /// What the file holds, if it is ours to use, else why not and what to do: `InvalidData` if
