@@ -2563,15 +2563,11 @@ const ADDRESSES: Kind<Vec<SocketAddr>> = ("\":PORT\" or \"HOST:PORT\"", |value| 
     Some(vec![([0; 8], port).into(), ([0; 4], port).into()])
 });
 
-const FOLDER: Kind<PathBuf> = ("a path, or ~/PATH where HOME is set", |value| {
+const FOLDER: Kind<PathBuf> = ("a path, or ~/PATH where there is a home", |value| {
     let path = value.as_str().filter(|path| !path.is_empty())?;
-    match path.strip_prefix('~') {
-        None => Some(path.into()),
-        Some(rest) if !rest.is_empty() && !rest.starts_with('/') => None,
-        Some(rest) => {
-            let home = std::env::var_os("HOME").filter(|home| !home.is_empty())?;
-            Some(Path::new(&home).join(rest.trim_matches('/')))
-        }
+    match Path::new(path).strip_prefix("~") {
+        Ok(rest) => Some(std::env::home_dir()?.join(rest)),
+        Err(_) => Some(path.into()).filter(|_| !path.starts_with('~')), // nobody else's home
     }
 });
 
