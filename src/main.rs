@@ -2662,19 +2662,16 @@ impl Reply {
     /// The whole answer: head, and the body that both vendors' SDKs show; and that one's length.
     fn to_bytes(&self, head_only: bool, last: bool) -> (Vec<u8>, u64) {
         let status = http::StatusCode::from_u16(self.status).unwrap_or_default();
-        let kind = match self.status {
-            400 | 426 => "invalid_request_error",
-            401 => "authentication_error",
-            403 => "permission_error",
-            404 => "not_found_error",
-            408 | 504 => "timeout_error",
-            413 | 431 => "request_too_large",
-            _ => "api_error",
-        };
-        let extra = match self.status {
-            401 => "www-authenticate: Bearer\r\n",
-            426 => "upgrade: HTTP/1.1\r\nconnection: upgrade\r\n",
-            _ => "",
+        let upgrade = "upgrade: HTTP/1.1\r\nconnection: upgrade\r\n";
+        let (kind, extra) = match self.status {
+            400 => ("invalid_request_error", ""),
+            401 => ("authentication_error", "www-authenticate: Bearer\r\n"),
+            403 => ("permission_error", ""),
+            404 => ("not_found_error", ""),
+            408 | 504 => ("timeout_error", ""),
+            413 | 431 => ("request_too_large", ""),
+            426 => ("invalid_request_error", upgrade),
+            _ => ("api_error", ""),
         };
         let code = status.canonical_reason().unwrap_or_default();
         let code = code.to_ascii_lowercase().replace(' ', "_");
