@@ -1419,15 +1419,13 @@ impl Draft {
             return Err(format!("{name} is locked by another program; stop it"));
         }
         let path = PathBuf::from([target.as_os_str(), "ai-mux-new".as_ref()].join(".".as_ref()));
-        if let Err(e) = fs::remove_file(&path) // left behind by kill -9
-            && e.kind() != ErrorKind::NotFound
-        {
+        let left = fs::remove_file(&path).err(); // one behind by kill -9
+        if let Some(e) = left.filter(|e| e.kind() != ErrorKind::NotFound) {
             return Err(failed(e));
         }
         // A file that is mounted by itself cannot be linked to, nor replaced (link(2), EXDEV).
-        if let Err(e) = fs::hard_link(&target, &path)
-            && e.kind() == ErrorKind::CrossesDevices
-        {
+        let crosses = |e: io::Error| e.kind() == ErrorKind::CrossesDevices;
+        if fs::hard_link(&target, &path).is_err_and(crosses) {
             return Err(format!("{name} is a mount by itself; mount its folder"));
         }
         let _ = fs::remove_file(&path);
@@ -1786,9 +1784,8 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
 }
 
 fn is_loopback(uri: &http::Uri) -> bool {
-    let host = uri.host().unwrap_or_default();
-    let address: Result<IpAddr, _> = host.trim_matches(['[', ']']).parse();
-    host == "localhost" || address.is_ok_and(|ip| ip.is_loopback())
+    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+    host == "localhost" || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback())
 }
 
 /// Looks a name up for ureq, which asks before each request, even for a kept connection. What is
