@@ -2389,12 +2389,9 @@ struct RawTls {
 impl Config {
     fn load(path: &Path) -> Result<Config, String> {
         let read = fs::read_to_string(path).map_err(|e| e.to_string());
-        let parsed = read.and_then(|text| {
-            let text = text.trim_start_matches('\u{feff}');
-            match path.extension().is_some_and(|e| e == "json") {
-                true => serde_json::from_str(text).map_err(unquoted),
-                false => serde_yaml::from_str(text).map_err(unquoted),
-            }
+        let parsed = read.and_then(|text| match path.extension() {
+            Some(json) if json == "json" => serde_json::from_str(&text).map_err(unquoted),
+            _ => serde_yaml::from_str(text.trim_start_matches('\u{feff}')).map_err(unquoted),
         });
         let line = |e| format!("{}: {e}", path.display()).replace(char::is_control, " ");
         parsed.and_then(Config::read).map_err(line)
@@ -2569,9 +2566,8 @@ const FOLDER: Kind<PathBuf> = ("a path, or ~/PATH where there is a home", |value
 });
 
 const LEVEL: Kind<LevelFilter> = ("debug, info, warn or error", |value| {
-    let text = value.as_str()?;
-    let known = ["debug", "info", "warn", "error"].contains(&text);
-    text.parse().ok().filter(|_| known)
+    let known = ["debug", "info", "warn", "error"].contains(&value.as_str()?);
+    value.as_str()?.parse().ok().filter(|_| known)
 });
 
 const DURATION: Kind<Duration> = ("60s, 1h30m or the like, or seconds", |value| {
