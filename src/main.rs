@@ -29,7 +29,7 @@
 #![forbid(unsafe_code)]
 
 use std::cell::Cell;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::fmt::Display;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, BufRead, Cursor, ErrorKind, Read, Write};
@@ -49,7 +49,7 @@ use log::{Level, LevelFilter, debug, error, info, log, warn};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::retry_on_intr;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::Deserialize;
 use serde_json::{Value, json};
 use serde_yaml::{Mapping, Value as Yaml};
 use subtle::ConstantTimeEq;
@@ -2344,48 +2344,6 @@ struct User {
     token: Secret,
 }
 
-/// The file as it stands there: a field without a value is as good as none.
-#[derive(Default, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "NAME: VALUE lines")]
-struct RawConfig {
-    listen: Yaml,
-    state_dir: Yaml,
-    log_level: Yaml,
-    providers: Option<Vec<Yaml>>,
-    users: Option<Vec<RawUser>>,
-    request_timeout: Yaml,
-    stream_idle_timeout: Yaml,
-    refresh_check_interval: Yaml,
-    workers: Yaml,
-    proxy: Yaml,
-    tls: Option<RawTls>,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "a name or a mapping")]
-struct RawProvider {
-    name: Yaml,
-    headers: Option<BTreeMap<String, Yaml>>,
-    base_url: Yaml,
-    token_url: Yaml,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "name and token")]
-struct RawUser {
-    name: Yaml,
-    token: Yaml,
-    token_file: Option<PathBuf>,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "a mapping")]
-struct RawTls {
-    enabled: Option<bool>,
-    cert_path: Option<PathBuf>,
-    key_path: Option<PathBuf>,
-}
-
 impl Config {
     fn load(path: &Path) -> Result<Config, String> {
         let read = fs::read_to_string(path).map_err(|e| e.to_string());
@@ -2398,98 +2356,100 @@ impl Config {
     }
 
     fn read(file: Yaml) -> Result<Config, String> {
-        let raw: RawConfig = parse(file)?;
-        let (silence, interval) = (raw.stream_idle_timeout, raw.refresh_check_interval);
-        let state_dir = field("state_dir", raw.state_dir, "~/.ai-mux", FOLDER)?;
-        let mut entries = raw.providers.unwrap_or_default();
+        let known = "listen state_dir log_level providers users request_timeout \
+            stream_idle_timeout refresh_check_interval workers proxy tls";
+        let file = &mut fields(file, known)?;
+        let state_dir = field("state_dir", file, "~/.ai-mux", FOLDER)?;
+        let mut entries = field("providers", file, Vec::<Yaml>::new(), LIST)?;
         if entries.is_empty() {
             // One that cannot be looked at is there: it answers 503 and says why.
             let there = |p: &&Provider| !matches!(p.path(&state_dir).try_exists(), Ok(false));
             entries.extend(PROVIDERS.iter().filter(there).map(|p| p.name.into()));
         }
-        let entries = entries.into_iter().map(provider);
-        let providers: Vec<_> = entries.collect::<Result<_, _>>()?;
+        let providers: Result<Vec<_>, _> = entries.into_iter().map(provider).collect();
+        let providers = providers.map_err(|e| format!("providers: {e}"))?;
         if let Some(again) = repeated(&providers, |a, b| a.provider.name == b.provider.name) {
             let name = again.provider.name;
             return Err(format!("providers: found {name} again, expected each once"));
         }
-        let users = raw.users.unwrap_or_default().into_iter();
-        let users: Vec<_> = users.map(user).collect::<Result<_, _>>()?;
+        let entries = field("users", file, Vec::<Yaml>::new(), LIST)?;
+        let users: Result<Vec<_>, _> = entries.into_iter().map(user).collect();
+        let users = users.map_err(|e| format!("users: {e}"))?;
         if let Some(again) = repeated(&users, |a, b| a.name == b.name || a.token == b.token) {
             return Err(format!("users: found {:?} or its token again", again.name));
         }
         Ok(Config {
-            listen: field("listen", raw.listen, ":8080", ADDRESSES)?,
+            listen: field("listen", file, ":8080", ADDRESSES)?,
             state_dir,
-            log_level: field("log_level", raw.log_level, "info", LEVEL)?,
+            log_level: field("log_level", file, "info", LEVEL)?,
             providers,
             users,
-            request_timeout: field("request_timeout", raw.request_timeout, "60s", DURATION)?,
-            stream_idle_timeout: field("stream_idle_timeout", silence, "5m", DURATION)?,
-            refresh_check_interval: field("refresh_check_interval", interval, "10m", INTERVAL)?,
-            workers: field("workers", raw.workers, 64, WORKERS)?,
-            proxy: field("proxy", raw.proxy, "", PROXY)?,
-            tls: tls(raw.tls.unwrap_or_default()).map_err(|e| format!("tls.{e}"))?,
+            request_timeout: field("request_timeout", file, "60s", DURATION)?,
+            stream_idle_timeout: field("stream_idle_timeout", file, "5m", DURATION)?,
+            refresh_check_interval: field("refresh_check_interval", file, "10m", INTERVAL)?,
+            workers: field("workers", file, 64, WORKERS)?,
+            proxy: field("proxy", file, "", PROXY)?,
+            tls: tls(field("tls", file, Mapping::new(), MAPPING)?)
+                .map_err(|e| format!("tls.{e}"))?,
         })
     }
 }
 
-/// What of the file has the right shape; or which part of it has not.
-fn parse<T: DeserializeOwned + Default>(file: Yaml) -> Result<T, String> {
-    let parsed = serde_path_to_error::deserialize::<_, Option<T>>(file);
-    Ok(parsed.map_err(field_error)?.unwrap_or_default())
-}
-
 /// A provider may be just its name.
 fn provider(mut entry: Yaml) -> Result<ProviderSettings, String> {
-    if entry.is_string() {
+    if !entry.is_mapping() {
         entry = Mapping::from_iter([("name".into(), entry)]).into();
     }
-    let raw: RawProvider = parse(entry).map_err(|e| format!("providers: {e}"))?;
-    let provider = field("providers: name", raw.name, "", PROVIDER)?;
+    let entry = &mut fields(entry, "name headers base_url token_url")?;
+    let provider = field("name", entry, "", PROVIDER)?;
     Ok(ProviderSettings {
         provider,
-        headers: headers(raw.headers.unwrap_or_default())?,
-        base_url: field("base_url", raw.base_url, provider.base_url, URL)?,
-        token_url: field("token_url", raw.token_url, provider.token_url, URL)?,
+        headers: headers(field("headers", entry, Mapping::new(), MAPPING)?)?,
+        base_url: field("base_url", entry, provider.base_url, URL)?,
+        token_url: field("token_url", entry, provider.token_url, URL)?,
     })
 }
 
-fn user(raw: RawUser) -> Result<User, String> {
-    let name = field("users: name", raw.name, "", NAME)?;
-    let token = match (raw.token, raw.token_file) {
-        (token, None) if !token.is_null() => token,
-        (Yaml::Null, Some(path)) => match fs::read_to_string(&path) {
-            Ok(text) => text.trim().into(),
-            Err(e) => return Err(format!("users: token_file {}: {e}", path.display())),
-        },
-        _ => return Err(format!("users: {name:?}: expected token or token_file")),
-    };
-    let token = field(&format!("users: {name:?}: token"), token, "", TOKEN)?;
+fn user(entry: Yaml) -> Result<User, String> {
+    let entry = &mut fields(entry, "name token token_file")?;
+    let name = field("name", entry, "", NAME)?;
+    if let Some(path) = field("token_file", entry, Yaml::Null, PATH)? {
+        let failed = |e| format!("token_file {}: {e}", path.display());
+        let text = fs::read_to_string(&path).map_err(failed)?;
+        let token = entry.insert("token".into(), text.trim().into());
+        if token.is_some_and(|token| !token.is_null()) {
+            return Err(format!("{name:?}: expected token or token_file"));
+        }
+    }
+    let token = field("token", entry, "", TOKEN).map_err(|e| format!("{name:?}: {e}"))?;
     Ok(User { name, token })
 }
 
-fn headers(found: BTreeMap<String, Yaml>) -> Result<HeaderMap, String> {
+fn headers(found: Mapping) -> Result<HeaderMap, String> {
     let mut headers = HeaderMap::new();
-    for (name, value) in found {
-        let key = HeaderName::try_from(&name).ok();
+    for (name, value) in &found {
+        let name = name.as_str().unwrap_or_default();
+        let key = HeaderName::try_from(name).ok();
         let key = key.filter(|key| !is_reserved(key.as_str()) && !headers.contains_key(key));
         let value = HeaderValue::from_str(value.as_str().unwrap_or("\n")).ok();
         let value = value.filter(|v| v.to_str().is_ok() && name.len() + v.len() < LINE_SIZE);
         let Some((key, value)) = key.zip(value) else {
             let name = name.split([':', '=']).next().unwrap_or_default();
             let right = "a header that may be set, once, with a string of ASCII, below 8 KiB";
-            return Err(format!("providers: headers: {name:?} is not {right}"));
+            return Err(format!("headers: {name:?} is not {right}"));
         };
         headers.insert(key, value);
     }
     Ok(headers)
 }
 
-fn tls(raw: RawTls) -> Result<Option<Tls>, String> {
-    match (raw.enabled, raw.cert_path, raw.key_path) {
-        (Some(true), Some(cert), Some(key)) => Tls::open([cert, key]).map(Some),
-        (Some(true), _, _) => Err("enabled: expected cert_path and key_path beside it".into()),
+fn tls(entry: Mapping) -> Result<Option<Tls>, String> {
+    let entry = &mut fields(entry.into(), "enabled cert_path key_path")?;
+    let enabled = field("enabled", entry, false, BOOL)?;
+    let [cert, key] = ["cert_path", "key_path"].map(|name| field(name, entry, Yaml::Null, PATH));
+    match (enabled, cert?, key?) {
+        (true, Some(cert), Some(key)) => Tls::open([cert, key]).map(Some),
+        (true, ..) => Err("enabled: expected cert_path and key_path beside it".into()),
         _ => Ok(None),
     }
 }
@@ -2512,29 +2472,30 @@ fn unquoted(e: impl Display) -> String {
     text
 }
 
-/// Which part of the file has the wrong shape, without what could be a secret.
-fn field_error(e: serde_path_to_error::Error<serde_yaml::Error>) -> String {
-    let (path, mut why) = (e.path().to_string(), e.inner().to_string());
-    // serde says "invalid type: FOUND, expected WHAT".
-    if (path == "." || path.contains("users") || path.contains("headers"))
-        && let Some((_, right)) = why.rsplit_once(", expected ")
-    {
-        why = format!("found what is not shown, expected {right}");
-    }
-    // Even a key can be one, if the space behind its colon was left out.
-    let path = path.split(':').next().unwrap_or_default();
-    let nested = path.rsplit_once('.').filter(|(_, key)| key.len() >= 16);
-    format!("{}: {why}", nested.map_or(path, |(place, _)| place))
+/// The fields of a part of the file, none of them unknown.
+fn fields(part: Yaml, known: &str) -> Result<Mapping, String> {
+    let wrong = |_| "found what is not shown, expected NAME: VALUE lines";
+    let found: Option<Mapping> = serde_yaml::from_value(part).map_err(wrong)?;
+    let found = found.unwrap_or_default();
+    let unknown = |key: &&Yaml| !known.split(' ').any(|name| key.as_str() == Some(name));
+    let Some(key) = found.keys().find(unknown) else {
+        return Ok(found);
+    };
+    // It could be a secret, if the space behind its colon was left out.
+    let key = key.as_str().and_then(|key| key.split(':').next());
+    let short = key.filter(|key| key.len() < 16);
+    let key = short.unwrap_or("what is not shown");
+    Err(format!("{key}: is unknown, expected one of: {known}"))
 }
 
-/// What a field, or its default, stands for.
-fn field<T>(name: &str, found: Yaml, default: impl Into<Yaml>, kind: Kind<T>) -> Result<T, String> {
+/// What a field, or its default, stands for; one without a value is as good as none.
+fn field<T>(name: &str, of: &mut Mapping, or: impl Into<Yaml>, kind: Kind<T>) -> Result<T, String> {
     let (right, made) = kind;
-    let found = Some(found).filter(|found| !found.is_null());
-    let value = found.unwrap_or_else(|| default.into());
+    let found = of.remove(name).filter(|found| !found.is_null());
+    let value = found.unwrap_or_else(|| or.into());
     let text = serde_json::to_string(&value).unwrap_or_default();
     // A URL with a user in it has a password in it.
-    let secret = name.ends_with("token") || name == "proxy" || text.contains('@');
+    let secret = ["token", "users", "headers", "proxy"].contains(&name) || text.contains('@');
     let shown = match &value {
         Yaml::Mapping(_) | Yaml::Sequence(_) | Yaml::Tagged(_) => "what has parts",
         _ if secret => "what is not shown",
@@ -2545,6 +2506,17 @@ fn field<T>(name: &str, found: Yaml, default: impl Into<Yaml>, kind: Kind<T>) ->
 
 /// What a field can be, in words; and what a value stands for, if it is that.
 type Kind<T> = (&'static str, fn(&Yaml) -> Option<T>);
+
+const BOOL: Kind<bool> = ("true or false", Yaml::as_bool);
+
+const LIST: Kind<Vec<Yaml>> = ("a list", |value| value.as_sequence().cloned());
+
+const MAPPING: Kind<Mapping> = ("NAME: VALUE lines", |value| value.as_mapping().cloned());
+
+const PATH: Kind<Option<PathBuf>> = ("a path", |value| {
+    let path = value.as_str().map(PathBuf::from);
+    (value.is_null() || path.is_some()).then_some(path)
+});
 
 const ADDRESSES: Kind<Vec<SocketAddr>> = ("\":PORT\" or \"HOST:PORT\"", |value| {
     let text = value.as_str()?;
@@ -2603,11 +2575,14 @@ const NAME: Kind<String> = ("a name without control characters, not -", |value| 
     fine.then(|| name.to_owned())
 });
 
-const TOKEN: Kind<Secret> = ("16 or more visible ASCII characters", |value| {
-    let text = value.as_str()?;
-    let fine = text.len() >= 16 && !text.contains(' ');
-    Secret::new(text).filter(|_| fine)
-});
+const TOKEN: Kind<Secret> = (
+    "16 or more visible ASCII characters, or a token_file",
+    |value| {
+        let text = value.as_str()?;
+        let fine = text.len() >= 16 && !text.contains(' ');
+        Secret::new(text).filter(|_| fine)
+    },
+);
 
 const URL: Kind<String> = ("an https:// URL, or http:// to loopback", |value| {
     let text = value.as_str()?;
