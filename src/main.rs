@@ -516,12 +516,9 @@ fn signals(waker: &UnixStream) -> io::Result<Arc<AtomicBool>> {
 /// Listens on the first address that can be had. `[::]` takes IPv4 as well, whatever the host's
 /// default (net.ipv6.bindv6only), which is why this is not `TcpListener::bind`.
 fn listen(addresses: &[SocketAddr]) -> io::Result<TcpListener> {
-    use rustix::net::{AddressFamily, SocketType, bind, listen, socket, sockopt};
+    use rustix::net::{SocketAddrAny, SocketType, bind, listen, socket, sockopt};
     let open = |address: &SocketAddr| {
-        let family = match address {
-            SocketAddr::V4(_) => AddressFamily::INET,
-            SocketAddr::V6(_) => AddressFamily::INET6,
-        };
+        let family = SocketAddrAny::from(*address).address_family();
         let socket = socket(family, SocketType::STREAM, None)?;
         sockopt::set_socket_reuseaddr(&socket, true)?;
         let _ = sockopt::set_ipv6_v6only(&socket, false); // an IPv4 one has no such option
