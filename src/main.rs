@@ -722,11 +722,7 @@ impl Gate {
     fn ensure_free(&mut self) -> bool {
         while self.running < self.workers.min(self.busy + 1 + SPARE_WORKERS) {
             let (server, proxy) = (self.server.clone(), self.proxy.clone());
-            let work = move || {
-                while let Ok(ticket) = server.recv() {
-                    proxy.serve(ticket);
-                }
-            };
+            let work = move || server.incoming_requests().for_each(|t| proxy.serve(t));
             if let Err(e) = spawn("worker", work) {
                 if self.busy == self.running {
                     warn!("start a worker: {e}");
@@ -773,10 +769,8 @@ impl Proxy {
     /// Serves the exchange that has been parked longest.
     fn serve(&self, ticket: Request) {
         let exchange = lock(&self.parked).pop_front();
-        if let Some(exchange) = exchange {
-            let verdict = fence(exchange, |exchange| self.handle(exchange));
-            lock(&self.verdicts).push(verdict);
-        }
+        let verdict = exchange.and_then(|e| fence(e, |exchange| self.handle(exchange)));
+        lock(&self.verdicts).push(verdict);
         drop(ticket.into_writer());
         let _ = (&self.waker).write(&[0]);
     }
