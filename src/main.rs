@@ -682,16 +682,6 @@ impl Head {
             _ => Ok(()),
         }
     }
-
-    /// What is answered without a token and without a worker.
-    fn is_health(&self) -> bool {
-        let path = path_of(&self.target);
-        match self.method.as_str() {
-            "GET" => path == "/healthz",
-            "HEAD" => matches!(path, "/healthz" | "/" | "/claude" | "/chatgpt"),
-            _ => false,
-        }
-    }
 }
 
 fn path_of(target: &str) -> &str {
@@ -866,16 +856,17 @@ impl Proxy {
         let path = path_of(&exchange.head.target).as_bytes();
         let logged = |user: &User| {
             let token = user.token.expose().as_bytes();
-            let path = &path[..path.len().min(PATH_SHOWN + token.len())];
-            path.windows(token.len())
-                .any(|part| part.ct_eq(token).into())
+            let mut parts = path.windows(token.len()).take(PATH_SHOWN);
+            parts.any(|part| part.ct_eq(token).into())
         };
         if self.config.users.iter().any(logged) {
             exchange.head.target = "(a token)".into(); // which leads nowhere
         }
         let (head, peer) = (&exchange.head, exchange.stream.peer);
         debug!("peer={peer} request: {}", shown(&head.fields));
-        if head.is_health() {
+        // Answered without a token.
+        let asked = (head.method.as_str(), path_of(&head.target));
+        if let ("GET" | "HEAD", "/healthz") | ("HEAD", "/" | "/claude" | "/chatgpt") = asked {
             return Err(Reply::new(200, self.health()));
         }
         exchange.report.user = self.authenticate(&head.fields)?.to_owned();
