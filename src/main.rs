@@ -34,7 +34,6 @@ use std::fmt::Display;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, BufRead, Cursor, ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -308,6 +307,12 @@ impl Gate {
             let credential = upstream.credential.clone();
             spawn("keeper", move || credential.keep()).map_err(failed)?;
         }
+        let address = listener.local_addr().map_err(failed)?;
+        if proxy.config.users.is_empty() && !address.ip().is_loopback() {
+            warn!("no users configured: whoever reaches {address} uses your subscription");
+        }
+        let secure = if tls.is_some() { "s" } else { "" };
+        info!("listening on http{secure}://{address}");
         Ok(Gate {
             proxy,
             listener: Some(listener),
@@ -328,7 +333,6 @@ impl Gate {
     /// Serves until a signal comes and what runs then has ended, or had its time; or until
     /// tiny_http is gone, without which nobody could be served.
     fn run(&mut self) -> Result<(), String> {
-        self.announce();
         let (mut end, mut chores_at, mut warned) = (None, Instant::now(), false);
         while end.is_none_or(|end| self.count() > 0 && !left_until(end).is_zero()) {
             let waited = self.wait(end.map_or(chores_at, |end| chores_at.min(end)));
@@ -371,16 +375,6 @@ impl Gate {
         Ok(())
     }
 
-    fn announce(&self) {
-        let address = self.listener.as_ref().and_then(|l| l.local_addr().ok());
-        let Some(address) = address else { return };
-        if self.proxy.config.users.is_empty() && !address.ip().is_loopback() {
-            warn!("no users configured: whoever reaches {address} uses your subscription");
-        }
-        let secure = if self.tls.is_some() { "s" } else { "" };
-        info!("listening on http{secure}://{address}");
-    }
-
     /// How many connections there are.
     fn count(&self) -> usize {
         self.connections.len() + self.queue.len() + self.busy
@@ -393,11 +387,10 @@ impl Gate {
         let dues = self.connections.iter().map(Stream::due).chain(waiting);
         let time = left_until(dues.fold(until, Instant::min)).try_into().ok();
 
-        let mut sources = vec![self.wakes.as_fd()];
-        sources.extend(self.connections.iter().map(|s| s.socket.tcp.as_fd()));
-        sources.extend(self.listener.as_ref().map(|l| l.as_fd()));
-        let sources = sources.iter().map(|fd| PollFd::new(fd, PollFlags::IN));
-        let mut sources: Vec<_> = sources.collect();
+        let mut sources = vec![PollFd::new(&self.wakes, PollFlags::IN)];
+        let clients = self.connections.iter().map(|s| &s.socket.tcp);
+        sources.extend(clients.map(|tcp| PollFd::new(tcp, PollFlags::IN)));
+        sources.extend(self.listener.iter().map(|l| PollFd::new(l, PollFlags::IN)));
         retry_on_intr(|| poll(&mut sources, time.as_ref()))?;
         let ready = sources.iter().map(|source| !source.revents().is_empty());
         let mut ready = ready.collect::<Vec<_>>().into_iter();
