@@ -265,7 +265,7 @@ struct Gate {
     /// Those without an exchange, the quietest first.
     connections: Vec<Stream>,
     /// Exchanges that wait for a worker.
-    queue: VecDeque<Exchange>,
+    queue: Vec<Exchange>,
     /// tiny_http, and the connection on which it gets a ticket for each exchange.
     server: Arc<tiny_http::Server>,
     inner: UnixStream,
@@ -319,7 +319,7 @@ impl Gate {
             tls,
             capacity,
             connections: Vec::new(),
-            queue: VecDeque::new(),
+            queue: Vec::new(),
             server,
             inner,
             workers,
@@ -383,7 +383,7 @@ impl Gate {
     /// Waits until something happens or is due, `until` at the latest: whether a client can be
     /// accepted. A connection that can be read is due then.
     fn wait(&mut self, until: Instant) -> io::Result<bool> {
-        let waiting = self.queue.front().map(|exchange| exchange.stream.due());
+        let waiting = self.queue.first().map(|exchange| exchange.stream.due());
         let dues = self.connections.iter().map(Stream::due).chain(waiting);
         let time = left_until(dues.fold(until, Instant::min)).try_into().ok();
 
@@ -443,20 +443,19 @@ impl Gate {
             return self.settle(exchange.conclude(screened));
         }
         exchange.stream.socket.deadline = Instant::now() + self.proxy.config.request_timeout;
-        self.queue.push_back(exchange);
+        self.queue.push(exchange);
+        self.start_workers();
     }
 
     /// Parks an exchange for each worker that has none, with a ticket; refuses those that have
     /// waited too long for one.
     fn dispatch(&mut self) -> io::Result<()> {
-        while !self.queue.is_empty() && self.ensure_free() {
-            lock(&self.proxy.parked).extend(self.queue.pop_front());
-            self.busy += 1;
-            self.inner.write_all(TICKET)?;
-        }
-        while self.queue.front().is_some_and(|e| e.stream.is_due())
-            && let Some(exchange) = self.queue.pop_front()
-        {
+        let count = self.queue.len().min(self.running - self.busy);
+        lock(&self.proxy.parked).extend(self.queue.drain(..count));
+        self.busy += count;
+        self.inner.write_all(&TICKET.repeat(count))?;
+        let late: Vec<_> = self.queue.extract_if(.., |e| e.stream.is_due()).collect();
+        for exchange in late {
             let busy = Reply::new(503, "no worker is free; wait, or raise `workers`");
             let busy = busy.retry_after(Duration::from_secs(1));
             self.settle(exchange.conclude(Err(busy)));
@@ -701,20 +700,17 @@ struct Proxy {
 const TICKET: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
 
 impl Gate {
-    /// Whether a worker is free. More are started, as long as there may be, to have some to spare.
-    fn ensure_free(&mut self) -> bool {
-        while self.running < self.workers.min(self.busy + 1 + SPARE_WORKERS) {
+    /// As many as are needed, and some to spare, as long as there may be more.
+    fn start_workers(&mut self) {
+        let wanted = self.busy + self.queue.len() + SPARE_WORKERS;
+        while self.running < wanted.min(self.workers) {
             let (server, proxy) = (self.server.clone(), self.proxy.clone());
             let work = move || server.incoming_requests().for_each(|t| proxy.serve(t));
             if let Err(e) = spawn("worker", work) {
-                if self.busy == self.running {
-                    warn!("start a worker: {e}");
-                }
-                break;
+                return warn!("start a worker: {e}");
             }
             self.running += 1;
         }
-        self.busy < self.running
     }
 
     /// Ends the workers that have nothing to do: a stack that grew keeps its pages for as long as
