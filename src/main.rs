@@ -342,10 +342,8 @@ impl Gate {
                 let _ = catch_unwind(AssertUnwindSafe(|| self.read_on(stream)));
             }
             let verdicts = std::mem::take(&mut *lock(&self.proxy.verdicts));
-            for verdict in verdicts {
-                self.busy -= 1;
-                self.settle(verdict);
-            }
+            self.busy -= verdicts.len();
+            self.connections.extend(verdicts.into_iter().flatten());
             self.dispatch().map_err(|e| format!("tiny_http: {e}"))?;
             let admitted = waited.and_then(|any| if any { self.accept() } else { Ok(()) });
             if let Err(e) = &admitted {
@@ -361,11 +359,14 @@ impl Gate {
                 self.retire_idle();
                 self.tls.iter_mut().for_each(Tls::renew);
             }
-            if end.is_none() && self.stopping.load(Ordering::SeqCst) {
-                info!("stopping, once running requests and refreshes have ended");
-                end = Some(Instant::now() + DRAIN_TIME);
-                self.listener = None;
-                self.connections.retain(|stream| stream.draining.is_some());
+            if self.stopping.load(Ordering::SeqCst) {
+                if self.listener.take().is_some() {
+                    info!("stopping, once running requests and refreshes have ended");
+                    end = Some(Instant::now() + DRAIN_TIME);
+                }
+                let open = |stream: &&mut Stream| stream.draining.is_none();
+                let open = self.connections.iter_mut().filter(open);
+                open.for_each(Stream::half_close);
             }
         }
         let running = self.queue.len() + self.busy;
@@ -440,7 +441,7 @@ impl Gate {
         let mut exchange = Exchange::new(stream, head);
         let screened = read.and_then(|()| self.proxy.screen(&mut exchange));
         if screened.is_err() {
-            return self.settle(exchange.conclude(screened));
+            return self.connections.extend(exchange.conclude(screened));
         }
         exchange.stream.socket.deadline = Instant::now() + self.proxy.config.request_timeout;
         self.queue.push(exchange);
@@ -454,23 +455,12 @@ impl Gate {
         lock(&self.proxy.parked).extend(self.queue.drain(..count));
         self.busy += count;
         self.inner.write_all(&TICKET.repeat(count))?;
-        let late: Vec<_> = self.queue.extract_if(.., |e| e.stream.is_due()).collect();
-        for exchange in late {
+        for exchange in self.queue.extract_if(.., |e| e.stream.is_due()) {
             let busy = Reply::new(503, "no worker is free; wait, or raise `workers`");
             let busy = busy.retry_after(Duration::from_secs(1));
-            self.settle(exchange.conclude(Err(busy)));
+            self.connections.extend(exchange.conclude(Err(busy)));
         }
         Ok(())
-    }
-
-    /// Takes a stream back from its exchange.
-    fn settle(&mut self, verdict: Verdict) {
-        let Some(mut stream) = verdict else { return };
-        stream.socket.blocking = false;
-        if self.listener.is_none() && stream.draining.is_none() {
-            stream.half_close();
-        }
-        self.connections.push(stream.enter_gate());
     }
 }
 
@@ -830,7 +820,7 @@ impl Exchange {
         if whole && last {
             self.stream.half_close();
         }
-        whole.then_some(self.stream)
+        whole.then(|| self.stream.enter_gate())
     }
 }
 
@@ -1965,6 +1955,7 @@ impl Stream {
     /// The stream as it is in the gate: between two heads, or after its last answer.
     fn enter_gate(mut self) -> Stream {
         self.partial = false;
+        self.socket.blocking = false;
         self.socket.deadline = Instant::now() + self.allowance();
         // What was read already, the socket does not tell of.
         self.recheck = self.tls.is_some() || !self.buffered.is_empty();
@@ -2067,6 +2058,7 @@ impl Stream {
         }
         let _ = self.socket.tcp.shutdown(Shutdown::Write);
         self.draining = Some(LINGER_SIZE);
+        self.socket.deadline = Instant::now() + self.allowance();
     }
 }
 
