@@ -2012,27 +2012,25 @@ impl Stream {
         self.recheck = false;
         for _ in 0..2 {
             let phase = (self.is_handshaking(), self.allowance());
-            if self.draining.is_none()
-                && let Some(head) = Head::take(&mut self.buffered)?
-            {
+            if let Some(left) = &mut self.draining {
+                let rest = left.checked_sub(self.buffered.len());
+                *left = rest.ok_or_else(|| broken("it sends on and on"))?;
+                self.buffered.clear();
+            } else if let Some(head) = Head::take(&mut self.buffered)? {
                 return Ok(Some(head));
             }
             let read = self.fill();
             if (self.is_handshaking(), self.allowance()) != phase {
                 self.socket.deadline = Instant::now() + self.allowance();
             }
-            match (read, &mut self.draining) {
-                (Ok(1..), None) => {}
-                (Ok(count @ 1..), Some(left)) if count < *left => {
-                    *left -= count;
-                    self.buffered.clear();
-                }
-                (Err(e), _) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
-                (Err(e), None) if e.kind() == ErrorKind::TimedOut && !self.buffered.is_empty() => {
+            match read.map_err(|e| (e.kind(), e)) {
+                Ok(1..) => {}
+                Ok(0) => return Err(broken("it has ended")),
+                Err((ErrorKind::WouldBlock, _)) => return Ok(None),
+                Err((ErrorKind::TimedOut, _)) if !self.buffered.is_empty() => {
                     return Err(Reply::new(408, "the head came too slowly; send it at once"));
                 }
-                (Err(e), _) => return Err(broken(e.to_string())),
-                (Ok(_), _) => return Err(broken("it has ended")),
+                Err((_, e)) => return Err(broken(e.to_string())),
             }
         }
         self.recheck = true;
