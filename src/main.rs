@@ -93,7 +93,7 @@ const BODY_SIZE: u64 = 64 << 20;
 const HELD_SIZE: u64 = 1 << 20;
 /// A body may be waited for this long, and a second more for each `BODY_RATE` that came of it.
 const BODY_GRACE: Duration = Duration::from_secs(10);
-const BODY_RATE: u64 = 1 << 10;
+const BODY_RATE: u32 = 1 << 10;
 /// What is read from upstream and written to the client in one go; and how long that may take, as
 /// may one silence in a request's body.
 const PIECE_SIZE: usize = 16 << 10;
@@ -768,6 +768,8 @@ struct Exchange {
     head: Head,
     /// What was read of the body, so that it can be sent a second time.
     held: Cursor<Vec<u8>>,
+    /// How much longer the body may be waited for: only time spent waiting for the client counts.
+    patience: Duration,
     /// Why reading the body failed: ureq shows only an error of its own.
     fault: Option<Reply>,
     started: Instant,
@@ -793,6 +795,7 @@ impl Exchange {
             stream,
             head,
             held: Cursor::default(),
+            patience: BODY_GRACE,
             fault: None,
             report: Report::default(),
         }
@@ -2078,9 +2081,10 @@ impl Exchange {
             self.stream.write_piece(b"HTTP/1.1 100 Continue\r\n\r\n")?;
         }
         let began = Instant::now();
-        self.stream.socket.deadline = began + self.head.body.patience();
+        self.stream.socket.deadline = began + self.patience.min(PIECE_TIME);
         let count = self.head.body.read(&mut self.stream, out)?;
-        self.head.body.waited += began.elapsed();
+        let earned = Duration::from_secs(count as u64) / BODY_RATE;
+        self.patience = (self.patience + earned).saturating_sub(began.elapsed());
         Ok(count)
     }
 }
@@ -2112,9 +2116,8 @@ struct Body {
     /// Of the present chunk, and whether another one comes behind it.
     left: u64,
     chunked: bool,
-    /// How much of it came, and how long it was waited for.
+    /// How much of it came.
     received: u64,
-    waited: Duration,
 }
 
 impl Body {
@@ -2139,13 +2142,6 @@ impl Body {
 
     fn is_done(&self) -> bool {
         self.left == 0 && !self.chunked
-    }
-
-    /// How much longer it may be waited for: only time spent waiting for the client counts.
-    fn patience(&self) -> Duration {
-        let earned = Duration::from_millis(self.received * 1000 / BODY_RATE);
-        let left = (BODY_GRACE + earned).saturating_sub(self.waited);
-        left.min(PIECE_TIME)
     }
 
     fn read(&mut self, source: &mut impl BufRead, out: &mut [u8]) -> io::Result<usize> {
