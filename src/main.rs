@@ -602,29 +602,24 @@ impl Head {
             head.len() > HEAD_SIZE || lines.any(|line| line.len() > LINE_SIZE)
         };
         let length = match request.parse(bytes) {
-            Ok(httparse::Status::Complete(length)) if !large(&bytes[..length]) => length,
+            Ok(httparse::Status::Complete(length)) if !large(&bytes[..length]) => Ok(length),
             Ok(httparse::Status::Partial) if !large(bytes) => return Ok(None),
-            Ok(_) | Err(httparse::Error::TooManyHeaders) => return Err(head_too_large()),
-            Err(_) if large(bytes) => return Err(head_too_large()),
-            Err(_) if bytes.starts_with(b"\x16") => {
-                return Err(malformed("https, to an http port"));
-            }
-            Err(e) => return Err(malformed(&e.to_string())),
-        };
+            Ok(_) | Err(httparse::Error::TooManyHeaders) => Err(head_too_large()),
+            Err(_) if large(bytes) => Err(head_too_large()),
+            Err(_) if bytes.starts_with(b"\x16") => Err(malformed("https, to an http port")),
+            Err(e) => Err(malformed(&e.to_string())),
+        }?;
         let mut lines = bytes[..length].split_inclusive(|b| *b == b'\n');
         // httparse takes a bare LF as well, and empty lines before the first.
-        if bytes.starts_with(b"\r") || !lines.all(|line| line.ends_with(b"\r\n")) {
-            return Err(malformed("no request line, or a bare LF"));
+        if bytes.starts_with(b"\r") || !lines.all(|l| l.is_ascii() && l.ends_with(b"\r\n")) {
+            return Err(malformed("no request line, a bare LF, or not ASCII"));
         }
-        let mut fields = HeaderMap::with_capacity(request.headers.len());
-        for field in request.headers.iter() {
+        let field = |field: &httparse::Header| {
             let name = HeaderName::try_from(field.name).ok();
-            let value = HeaderValue::from_bytes(field.value.trim_ascii()).ok();
-            let field = name.zip(value.filter(|value| value.to_str().is_ok()));
-            let wrong = || malformed("a header has no valid name or value");
-            let (name, value) = field.ok_or_else(wrong)?;
-            fields.append(name, value);
-        }
+            name.zip(HeaderValue::from_bytes(field.value.trim_ascii()).ok())
+        };
+        let fields: Option<HeaderMap> = request.headers.iter().map(field).collect();
+        let fields = fields.ok_or_else(|| malformed("a header has no valid name or value"))?;
         let http10 = request.version == Some(0);
         let head = Head {
             method: request.method.unwrap_or_default().to_owned(),
