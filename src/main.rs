@@ -2206,9 +2206,6 @@ fn relay(answer: Answer, exchange: &mut Exchange, silence: Duration) -> Outcome 
     let (head, chunked) = answer_head(&parts, bodyless, &mut exchange.head);
     exchange.stream.write_piece(&head).map_err(gone)?;
     exchange.report.first = Some(exchange.started.elapsed());
-    if bodyless {
-        return Ok(());
-    }
     let mut piece = vec![0; 2048]; // enough for most events; a large answer makes it grow
     let mut reader = body.into_reader();
     loop {
