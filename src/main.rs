@@ -740,15 +740,12 @@ impl Proxy {
     }
 }
 
-/// Brings an exchange to its verdict, whatever happens: a panic is 500 if nothing was sent yet, else
-/// a broken answer.
+/// Brings an exchange to its verdict, whatever happens: a panic is 500, or else a broken answer.
 fn fence(mut exchange: Exchange, handle: impl FnOnce(&mut Exchange) -> Outcome) -> Verdict {
     exchange.stream.socket.blocking = true;
-    let outcome = match catch_unwind(AssertUnwindSafe(|| handle(&mut exchange))) {
-        Ok(outcome) => outcome,
-        Err(_) if exchange.report.status > 0 => Err(broken("a fault of ai-mux (panic)")),
-        Err(_) => Err(Reply::new(500, "a fault of ai-mux; its log says more")),
-    };
+    let handled = catch_unwind(AssertUnwindSafe(|| handle(&mut exchange)));
+    let fault = |_| Err(Reply::new(500, "a fault of ai-mux; its log says more"));
+    let outcome = handled.unwrap_or_else(fault);
     let concluded = catch_unwind(AssertUnwindSafe(|| exchange.conclude(outcome)));
     concluded.unwrap_or_default()
 }
@@ -799,10 +796,11 @@ impl Exchange {
     /// Says what is still to be said, writes the log line, and judges what becomes of the stream.
     fn conclude(mut self, outcome: Outcome) -> Verdict {
         let mut last = !self.head.keep_alive || !self.head.body.is_done();
+        let begun = self.report.status > 0; // then a reply can only be logged
         let (mut whole, mut ended) = (true, None);
         match outcome {
             Ok(()) => {}
-            Err(end) if end.status == 0 => (whole, ended) = (false, Some(end.message)),
+            Err(end) if begun || end.status == 0 => (whole, ended) = (false, Some(end.message)),
             Err(reply) => {
                 last |= reply.status == 401;
                 let (bytes, length) = reply.to_bytes(self.head.method == "HEAD", last);
