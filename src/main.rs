@@ -546,10 +546,9 @@ impl Tls {
     /// Takes the certificate from its files, where they are others than before.
     fn renew(&mut self) {
         let seen = self.files.each_ref().map(|file| stamp(file));
-        if seen == self.seen {
+        if std::mem::replace(&mut self.seen, seen) == seen {
             return;
         }
-        self.seen = seen;
         match Tls::open(self.files.clone()) {
             Ok(tls) => *self = tls,
             Err(e) => return error!("tls.{e}; the old certificate stays in use"),
