@@ -53,7 +53,7 @@ use serde_json::{Value, json};
 use serde_yaml::{Mapping, Value as Yaml};
 use subtle::ConstantTimeEq;
 use tiny_http::Request;
-use ureq::http::header::{AUTHORIZATION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
+use ureq::http::header::{AUTHORIZATION, CONTENT_LENGTH, TRANSFER_ENCODING};
 use ureq::http::{self, HeaderMap, HeaderName, HeaderValue, response::Parts};
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{
@@ -640,8 +640,8 @@ impl Head {
         let capitals = method.bytes().all(|b| b.is_ascii_uppercase() || b == b'-');
         // What http::Uri takes in a query; '#' would begin a fragment.
         let plain = |b| matches!(b, 0x21 | 0x24..=0x3b | 0x3d | 0x3f..=0x7e);
-        let hosts: Vec<_> = self.fields.get_all(HOST).iter().collect();
-        let hostly = |b: &u8| b.is_ascii_alphanumeric() || b"-._~:[]%".contains(b);
+        let hosts: Vec<_> = items(&self.fields, "host").collect();
+        let hostly = |b: u8| b.is_ascii_alphanumeric() || b"-._~:[]%".contains(&b);
         match method {
             // TRACE would have the upstream send our token back to the client.
             "TRACE" | "TRACK" | "CONNECT" => Err("the method is not one that can be passed on"),
@@ -650,9 +650,7 @@ impl Head {
             _ if !target.bytes().all(plain) => Err("the target must be percent-encoded"),
             _ if hosts.is_empty() && !self.http10 => Err("there is no Host"),
             _ if hosts.len() > 1 => Err("there is more than one Host"),
-            _ if !hosts.iter().all(|h| h.as_bytes().iter().all(hostly)) => {
-                Err("Host is not a host name")
-            }
+            _ if !hosts.iter().all(|h| h.bytes().all(hostly)) => Err("Host is not a host name"),
             "HEAD" if !self.body.is_done() => Err("a HEAD has no body"),
             _ if self.http10 && self.body.chunked => Err("HTTP/1.0 has no chunks"),
             _ => Ok(()),
@@ -1867,7 +1865,6 @@ impl Socket {
                 return Err(ErrorKind::TimedOut.into());
             }
             match go() {
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == ErrorKind::WouldBlock && self.blocking => {
                     let mut source = [PollFd::new(&self.tcp, flags)];
                     let _ = poll(&mut source, left.try_into().ok().as_ref());
@@ -2178,12 +2175,10 @@ fn invalid(why: &str) -> io::Error {
 
 fn chunk_line(source: &mut impl BufRead) -> io::Result<String> {
     let mut line = String::new();
-    if source.take(LINE_SIZE as u64).read_line(&mut line)? == 0 {
-        return Err(ErrorKind::UnexpectedEof.into());
-    }
+    source.take(LINE_SIZE as u64).read_line(&mut line)?;
     let plain = |text: &&str| text.bytes().all(|b| matches!(b, b'\t' | b' '..=b'~'));
     let text = line.strip_suffix("\r\n").filter(plain);
-    let wrong = || invalid("a line between chunks is too long, not plain, or not ended by CRLF");
+    let wrong = || invalid("a line between chunks is cut off, too long, or not plain");
     text.map(str::to_owned).ok_or_else(wrong)
 }
 
