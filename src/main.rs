@@ -356,7 +356,9 @@ impl Gate {
             warned = admitted.is_err();
             if left_until(chores_at).is_zero() {
                 chores_at = Instant::now() + CHORE_INTERVAL;
-                self.retire_idle();
+                // An idle worker ends: a stack that grew keeps its pages as long as its thread lives.
+                (self.busy..self.running).for_each(|_| self.server.unblock());
+                self.running = self.busy;
                 self.tls.iter_mut().for_each(Tls::renew);
             }
             if self.stopping.load(Ordering::SeqCst) {
@@ -446,6 +448,19 @@ impl Gate {
         exchange.stream.socket.deadline = Instant::now() + self.proxy.config.request_timeout;
         self.queue.push(exchange);
         self.start_workers();
+    }
+
+    /// As many as are needed, and some to spare, as long as there may be more.
+    fn start_workers(&mut self) {
+        let wanted = self.busy + self.queue.len() + SPARE_WORKERS;
+        while self.running < wanted.min(self.workers) {
+            let (server, proxy) = (self.server.clone(), self.proxy.clone());
+            let work = move || server.incoming_requests().for_each(|t| proxy.serve(t));
+            if let Err(e) = spawn("worker", work) {
+                return warn!("start a worker: {e}");
+            }
+            self.running += 1;
+        }
     }
 
     /// Parks an exchange for each worker that has none, with a ticket; refuses those that have
@@ -680,28 +695,6 @@ struct Proxy {
 /// What tiny_http gets for each exchange: whichever worker it hands it to serves the one that has
 /// been parked longest. Nothing of a client's is in it, so the one that is sent at start proves all.
 const TICKET: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
-
-impl Gate {
-    /// As many as are needed, and some to spare, as long as there may be more.
-    fn start_workers(&mut self) {
-        let wanted = self.busy + self.queue.len() + SPARE_WORKERS;
-        while self.running < wanted.min(self.workers) {
-            let (server, proxy) = (self.server.clone(), self.proxy.clone());
-            let work = move || server.incoming_requests().for_each(|t| proxy.serve(t));
-            if let Err(e) = spawn("worker", work) {
-                return warn!("start a worker: {e}");
-            }
-            self.running += 1;
-        }
-    }
-
-    /// Ends the workers that have nothing to do: a stack that grew keeps its pages for as long as
-    /// its thread lives.
-    fn retire_idle(&mut self) {
-        (self.busy..self.running).for_each(|_| self.server.unblock());
-        self.running = self.busy;
-    }
-}
 
 /// Starts tiny_http, and proves the inner connection to it by a first ticket. Its ends meet in a
 /// private folder that is gone by then: in `state_dir`, or among the temporary ones where that is
