@@ -156,7 +156,6 @@ const FOREVER: Duration = Duration::from_secs(365 * 86400);
 // In: the command line. Out: an exit code: 0, 1 for a failure to start or run, 2 for
 // a bad command line or configuration.
 
-const VERSION: &str = concat!("ai-mux ", env!("CARGO_PKG_VERSION"), "\n");
 const HELP: &str = "\
 ai-mux: your own Claude or ChatGPT subscription, from all your own devices
 
@@ -185,7 +184,7 @@ fn run() -> Result<(), (u8, String)> {
         [] => Config::read(Yaml::Null),
         [Some("--config"), _] => Config::load(Path::new(&arguments[1])),
         [Some("--help")] => return print(HELP),
-        [Some("--version")] => return print(VERSION),
+        [Some("--version")] => return print(concat!("ai-mux ", env!("CARGO_PKG_VERSION"), "\n")),
         _ => Err("expected --config PATH; see --help".into()),
     };
     serve(config.map_err(|e| (2, e))?).map_err(|e| (1, e))
@@ -347,9 +346,8 @@ impl Gate {
             self.dispatch().map_err(|e| format!("tiny_http: {e}"))?;
             let admitted = waited.and_then(|any| if any { self.accept() } else { Ok(()) });
             if let Err(e) = &admitted {
-                if !warned {
-                    warn!("new connections wait: {e}");
-                }
+                let level = if warned { Level::Debug } else { Level::Warn };
+                log!(level, "new connections wait: {e}");
                 self.make_room(); // for poll, too, has a limit of descriptors
                 thread::sleep(ACCEPT_PAUSE);
             }
@@ -427,8 +425,7 @@ impl Gate {
 
     /// Closes the connection that has been quiet longest, if there is one.
     fn make_room(&mut self) -> bool {
-        let quietest = self.connections.len().min(1);
-        self.connections.drain(..quietest).next().is_some()
+        self.connections.extract_if(.., |_| true).next().is_some() // no more than one
     }
 
     /// Reads on what a client sends. A whole head begins an exchange.
