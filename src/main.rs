@@ -522,9 +522,8 @@ fn listen(addresses: &[SocketAddr]) -> io::Result<TcpListener> {
         listener.set_nonblocking(true).map(|()| listener)
     };
     let none = Err(ErrorKind::NotFound.into());
-    addresses
-        .iter()
-        .fold(none, |tried, address| tried.or_else(|_| open(address)))
+    let next = |tried: io::Result<_>, address| tried.or_else(|_| open(address));
+    addresses.iter().fold(none, next)
 }
 
 /// What clients see of us, and the files that it comes from: certificate and key.
@@ -784,21 +783,20 @@ impl Exchange {
     fn conclude(mut self, outcome: Outcome) -> Verdict {
         let mut last = !self.head.keep_alive || !self.head.body.is_done();
         let begun = self.report.status > 0; // then a reply can only be logged
-        let (mut whole, mut ended) = (true, None);
-        match outcome {
-            Ok(()) => {}
-            Err(end) if begun || end.status == 0 => (whole, ended) = (false, Some(end.message)),
+        let (whole, ended) = match outcome {
+            Ok(()) => (true, None),
+            Err(end) if begun || end.status == 0 => (false, Some(end.message)),
             Err(reply) => {
                 last |= reply.status == 401;
                 let (bytes, length) = reply.to_bytes(self.head.method == "HEAD", last);
-                ended = Some(reply.message).filter(|_| reply.status != 200);
-                if let Err(e) = self.stream.write_piece(&bytes) {
-                    (whole, ended) = (false, Some(format!("the client took no reply: {e}")));
-                }
                 (self.report.status, self.report.bytes) = (reply.status, length);
                 self.report.first = Some(self.started.elapsed());
+                match self.stream.write_piece(&bytes) {
+                    Ok(()) => (true, Some(reply.message).filter(|_| reply.status != 200)),
+                    Err(e) => (false, Some(format!("the client took no reply: {e}"))),
+                }
             }
-        }
+        };
         self.log(ended);
         if whole && last {
             self.stream.half_close();
