@@ -2179,8 +2179,7 @@ fn relay(answer: Answer, exchange: &mut Exchange, silence: Duration) -> Outcome 
     exchange.report.status = parts.status.as_u16();
     let request_id = parts.headers.get("request-id");
     exchange.report.request_id = request_id.or(parts.headers.get("x-request-id")).cloned();
-    let bodyless = exchange.head.method == "HEAD" || matches!(exchange.report.status, 204 | 304);
-    let (head, chunked) = answer_head(&parts, bodyless, &mut exchange.head);
+    let (head, chunked) = answer_head(&parts, &mut exchange.head);
     exchange.stream.write_piece(&head).map_err(gone)?;
     exchange.report.first = Some(exchange.started.elapsed());
     let mut piece = vec![0; 2048]; // enough for most events; a large answer makes it grow
@@ -2213,13 +2212,14 @@ fn broken_off(e: io::Error) -> Reply {
 
 /// The answer's head, framed anew; and whether its body goes in chunks. HTTP/1.0 has none: there
 /// the end of the connection is the end of a body without a size.
-fn answer_head(parts: &Parts, bodyless: bool, request: &mut Head) -> (Vec<u8>, bool) {
-    let headers = &parts.headers;
+fn answer_head(parts: &Parts, request: &mut Head) -> (Vec<u8>, bool) {
+    let (headers, status) = (&parts.headers, parts.status);
+    let bodyless = request.method == "HEAD" || matches!(status.as_u16(), 204 | 304);
     let sized = headers.contains_key(CONTENT_LENGTH) && Body::of(headers).is_ok();
     let chunked = !sized && !bodyless && !request.http10;
     request.keep_alive &= sized || bodyless || chunked;
-    let reason = parts.status.canonical_reason().unwrap_or_default();
-    let mut head = format!("HTTP/1.1 {} {reason}\r\n", parts.status.as_str()).into_bytes();
+    let reason = status.canonical_reason().unwrap_or_default();
+    let mut head = format!("HTTP/1.1 {} {reason}\r\n", status.as_str()).into_bytes();
     for (name, value) in headers {
         let dropped = is_hop_by_hop(name.as_str())
             || matches!(name.as_str(), "set-cookie" | "alt-svc")
