@@ -363,10 +363,11 @@ impl Gate {
                 if self.listener.take().is_some() {
                     info!("stopping, once running requests and refreshes have ended");
                     end = Some(Instant::now() + DRAIN_TIME);
+                    self.connections.retain(|s| s.draining.is_some());
                 }
-                let open = |stream: &&mut Stream| stream.draining.is_none();
-                let open = self.connections.iter_mut().filter(open);
-                open.for_each(Stream::half_close);
+                for stream in self.connections.iter_mut().filter(|s| s.draining.is_none()) {
+                    stream.half_close();
+                }
             }
         }
         let running = self.queue.len() + self.busy;
