@@ -287,8 +287,9 @@ impl Gate {
         let (workers, capacity) = descriptors(config.workers);
         let (wakes, waker) = UnixStream::pair().map_err(failed)?;
         let stopping = signals(&waker).map_err(failed)?;
-        let refused = |e| format!("listen on {:?}: {e}", config.listen);
-        let listener = listen(&config.listen).map_err(refused)?;
+        let (host, port) = &config.listen;
+        let refused = |e| format!("listen on {host}:{port}: {e}");
+        let listener = listen(host, *port).map_err(refused)?;
         let tls = config.tls.take();
         let roots = roots()?;
         let settings = std::mem::take(&mut config.providers).into_iter();
@@ -508,23 +509,32 @@ fn signals(waker: &UnixStream) -> io::Result<Arc<AtomicBool>> {
     Ok(seen)
 }
 
-/// Listens on the first address that can be had. `[::]` takes IPv4 as well, whatever the host's
-/// default (net.ipv6.bindv6only), which is why this is not `TcpListener::bind`.
-fn listen(addresses: &[SocketAddr]) -> io::Result<TcpListener> {
+/// Listens on the first address that there is, of a name the IPv4 one, and on no other where that
+/// is in use: half of the clients would find somebody else. `[::]` takes IPv4 as well, whatever the
+/// default (net.ipv6.bindv6only): hence not `TcpListener::bind`.
+fn listen(host: &str, port: u16) -> io::Result<TcpListener> {
     use rustix::net::{SocketAddrAny, SocketType, bind, listen, socket, sockopt};
-    let open = |address: &SocketAddr| {
-        let family = SocketAddrAny::from(*address).address_family();
+    let open = |address: SocketAddr| {
+        let family = SocketAddrAny::from(address).address_family();
         let socket = socket(family, SocketType::STREAM, None)?;
         sockopt::set_socket_reuseaddr(&socket, true)?;
         let _ = sockopt::set_ipv6_v6only(&socket, false); // an IPv4 one has no such option
-        bind(&socket, address)?;
+        bind(&socket, &address)?;
         listen(&socket, BACKLOG)?;
         let listener = TcpListener::from(socket);
         listener.set_nonblocking(true).map(|()| listener)
     };
+    let mut addresses: Vec<_> = (host, port).to_socket_addrs()?.collect();
+    addresses.sort_by_key(SocketAddr::is_ipv6);
+    // For a host without IPv6.
+    addresses.extend((host == "::").then_some(SocketAddr::from(([0; 4], port))));
     let none = Err(ErrorKind::NotFound.into());
-    let next = |tried: io::Result<_>, address| tried.or_else(|_| open(address));
-    addresses.iter().fold(none, next)
+    addresses
+        .into_iter()
+        .fold(none, |tried, address| match tried {
+            Err(e) if e.kind() != ErrorKind::AddrInUse => open(address),
+            tried => tried,
+        })
 }
 
 /// What clients see of us, and the files that it comes from: certificate and key.
@@ -2246,7 +2256,8 @@ fn answer_head(parts: &Parts, request: &mut Head) -> (Vec<u8>, bool) {
 // is not shown where it could be a secret.
 
 struct Config {
-    listen: Vec<SocketAddr>,
+    /// Host and port.
+    listen: (String, u16),
     state_dir: PathBuf,
     log_level: LevelFilter,
     providers: Vec<ProviderSettings>,
@@ -2306,7 +2317,7 @@ impl Config {
             return Err(format!("users: found {:?} or its token again", again.name));
         }
         Ok(Config {
-            listen: field("listen", file, ":8080", ADDRESSES)?,
+            listen: field("listen", file, ":8080", ADDRESS)?,
             state_dir,
             log_level: field("log_level", file, "info", LEVEL)?,
             providers,
@@ -2445,15 +2456,11 @@ const PATH: Kind<Option<PathBuf>> = ("a path", |value| {
     (value.is_null() || path.is_some()).then_some(path)
 });
 
-const ADDRESSES: Kind<Vec<SocketAddr>> = ("\":PORT\" or \"HOST:PORT\"", |value| {
-    let text = value.as_str()?;
-    let Some(port) = text.strip_prefix(':') else {
-        let found = text.to_socket_addrs().ok()?;
-        let (v4, v6): (Vec<_>, Vec<_>) = found.partition(SocketAddr::is_ipv4);
-        return Some([v4, v6].concat());
-    };
-    let port: u16 = port.parse().ok()?;
-    Some(vec![([0; 8], port).into(), ([0; 4], port).into()])
+const ADDRESS: Kind<(String, u16)> = ("\":PORT\" or \"HOST:PORT\"", |value| {
+    let (host, port) = value.as_str()?.rsplit_once(':')?;
+    let host = if host.is_empty() { "[::]" } else { host };
+    let host = host.trim_matches(['[', ']']).to_owned();
+    Some((host, port.parse().ok()?))
 });
 
 const FOLDER: Kind<PathBuf> = ("a path, or ~/PATH where there is a home", |value| {

@@ -3,7 +3,7 @@
 mod common;
 use common::*;
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output};
 
@@ -179,6 +179,29 @@ fn a_port_that_is_taken_is_1() {
         .refused();
     assert_eq!(code, 1, "{said}");
     assert!(said.contains(&mux.addr.to_string()), "{said}");
+}
+
+/// Half of the clients would hand their tokens to whoever is there already.
+#[test]
+fn a_port_that_is_in_use_for_one_kind_of_address() {
+    let up = Upstream::plain();
+    let Ok(other) = TcpListener::bind("[::1]:0") else {
+        return say("SKIPPED: no IPv6 here");
+    };
+    let port = other.local_addr().expect("an address").port();
+    let (code, said) = Setup::new(&up).set("listen", format!(":{port}")).refused();
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains(&port.to_string()), "{said}");
+    assert!(said.contains("in use"), "{said}");
+}
+
+/// A name server may not be there yet: that is no fault of the configuration.
+#[test]
+fn a_host_that_has_no_address_is_a_failure_to_start() {
+    let up = Upstream::plain();
+    let (code, said) = Setup::new(&up).set("listen", "mux.invalid:8080").refused();
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains("listen on mux.invalid:8080: "), "{said}");
 }
 
 #[test]
