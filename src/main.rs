@@ -85,8 +85,11 @@ const IDLE_TIME: Duration = Duration::from_secs(300);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// What is read from a client in one go: a head and a small body fit.
 const CHUNK_SIZE: usize = 8 << 10;
-/// Of a request's path, in the log.
-const PATH_SHOWN: usize = 200;
+/// A user's token has this length at least; nothing that is logged of a head without a look for
+/// tokens is as long.
+const TOKEN_LENGTH: usize = 16;
+/// In the log, of a request's path, and of a header's value.
+const TEXT_SHOWN: usize = 200;
 /// A request body; both vendors refuse larger ones themselves.
 const BODY_SIZE: u64 = 64 << 20;
 /// The part of a body that is held in memory so that it can be sent a second time.
@@ -667,7 +670,7 @@ impl Head {
         match method {
             // TRACE would have the upstream send our token back to the client.
             "TRACE" | "TRACK" | "CONNECT" => Err("the method is not one that can be passed on"),
-            _ if !capitals || method.len() > 32 => Err("the method is not valid"),
+            _ if !capitals || method.len() >= TOKEN_LENGTH => Err("the method is not valid"),
             _ if !target.starts_with('/') => Err("the target must be a path"),
             _ if !target.bytes().all(plain) => Err("the target must be percent-encoded"),
             _ if hosts.is_empty() && !self.http10 => Err("there is no Host"),
@@ -823,17 +826,19 @@ impl Exchange {
 impl Proxy {
     /// What the gate can tell by the head alone: a reply, or that it takes a worker.
     fn screen(&self, exchange: &mut Exchange) -> Result<(), Reply> {
-        let path = path_of(&exchange.head.target).as_bytes();
-        let logged = |user: &User| {
-            let token = user.token.expose().as_bytes();
-            let mut parts = path.windows(token.len()).take(PATH_SHOWN);
-            parts.any(|part| part.ct_eq(token).into())
+        let secret = |text: &[u8]| {
+            let holds = |user: &User| {
+                let token = user.token.expose().as_bytes();
+                let mut parts = text.windows(token.len()).take(TEXT_SHOWN);
+                parts.any(|part| part.ct_eq(token).into())
+            };
+            self.config.users.iter().any(holds)
         };
-        if self.config.users.iter().any(logged) {
+        if secret(path_of(&exchange.head.target).as_bytes()) {
             exchange.head.target = "(a token)".into(); // which leads nowhere
         }
         let (head, peer) = (&exchange.head, exchange.stream.peer);
-        debug!("peer={peer} request: {}", shown(&head.fields));
+        debug!("peer={peer} request: {}", shown(&head.fields, secret));
         // Answered without a token.
         let asked = (head.method.as_str(), path_of(&head.target));
         if let ("GET" | "HEAD", "/healthz") | ("HEAD", "/" | "/claude" | "/chatgpt") = asked {
@@ -2183,7 +2188,7 @@ fn relay(answer: Answer, exchange: &mut Exchange, silence: Duration) -> Outcome 
     let gone = |e| broken(format!("the client went away, or took nothing: {e}"));
     let (parts, body) = answer.into_parts();
     let peer = exchange.stream.peer;
-    debug!("peer={peer} answer: {}", shown(&parts.headers));
+    debug!("peer={peer} answer: {}", shown(&parts.headers, |_| false));
     if parts.status.is_informational() {
         return Err(Reply::new(502, "upstream answered 101, though not asked"));
     }
@@ -2513,7 +2518,7 @@ const TOKEN: Kind<Secret> = (
     "16 or more visible ASCII characters, or a token_file",
     |value| {
         let text = value.as_str()?;
-        let fine = text.len() >= 16 && !text.contains(' ');
+        let fine = text.len() >= TOKEN_LENGTH && !text.contains(' ');
         Secret::new(text).filter(|_| fine)
     },
 );
@@ -2626,7 +2631,7 @@ impl Exchange {
     fn log(&self, ended: Option<String>) {
         let (peer, head, report) = (self.stream.peer, &self.head, &self.report);
         let path = path_of(&head.target);
-        let path = path.get(..PATH_SHOWN).unwrap_or(path); // ASCII, says the gate
+        let path = path.get(..TEXT_SHOWN).unwrap_or(path); // ASCII, says the gate
         let words = [&report.user, report.provider, &head.method, path];
         let [user, provider, method, path] = words.map(|w| if w.is_empty() { "-" } else { w });
         let (status, bytes) = (report.status, report.bytes);
@@ -2650,14 +2655,15 @@ impl Exchange {
 
 /// Header fields for the log: the names of all, the values of those that are known to hold
 /// neither a secret nor anything personal.
-fn shown(headers: &HeaderMap) -> String {
+fn shown(headers: &HeaderMap, secret: impl Fn(&[u8]) -> bool) -> String {
     const HARMLESS: &str = "accept accept-encoding anthropic-beta anthropic-version connection \
         content-encoding content-length content-type date request-id retry-after \
         transfer-encoding user-agent x-request-id x-should-retry";
     let shown = headers.iter().map(|(name, value)| {
-        match HARMLESS.split(' ').any(|harmless| name == harmless) {
+        let (harmless, size) = (HARMLESS.split(' ').any(|known| name == known), value.len());
+        match harmless && size <= TEXT_SHOWN && !secret(value.as_bytes()) {
             true => format!("{name}: {value:?}"),
-            false => format!("{name}: ({} bytes)", value.len()),
+            false => format!("{name}: ({size} bytes)"),
         }
     });
     shown.collect::<Vec<_>>().join(", ")

@@ -42,7 +42,7 @@ fn assert_kept_out(up: &Upstream, mux: &Mux, before: Footprint) {
 }
 
 /// The request line, RFC 9112 sections 2 and 3.
-const LINES: [&str; 42] = [
+const LINES: [&str; 43] = [
     "GET",
     "GET /claude/v1/models",
     "GET  /claude/v1/models HTTP/1.1",
@@ -66,6 +66,7 @@ const LINES: [&str; 42] = [
     "get /claude/v1/models HTTP/1.1",
     "G(T /claude/v1/models HTTP/1.1",
     "G\0T /claude/v1/models HTTP/1.1",
+    "SIXTEEN-CAPITALS /claude/v1/models HTTP/1.1",
     "TRACE /claude/v1/models HTTP/1.1",
     "TRACK /claude/v1/models HTTP/1.1",
     "CONNECT api.example:443 HTTP/1.1",
