@@ -29,7 +29,7 @@
 #![forbid(unsafe_code)]
 
 use std::cell::Cell;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Display;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, BufRead, Cursor, ErrorKind, Read, Write};
@@ -1748,7 +1748,7 @@ fn is_loopback(uri: &http::Uri) -> bool {
 /// Looks a name up for ureq, which asks before each request, even for a kept connection. What is
 /// known is good for `LOOKUP_AGE`, and for longer while no name server answers.
 #[derive(Debug, Default)]
-struct Lookup(Mutex<Option<(Option<String>, Instant, ResolvedSocketAddrs)>>);
+struct Lookup(Mutex<BTreeMap<Option<String>, (Instant, ResolvedSocketAddrs)>>);
 
 type Found = Result<ResolvedSocketAddrs, ureq::Error>;
 
@@ -1756,15 +1756,16 @@ impl Resolver for Lookup {
     fn resolve(&self, uri: &http::Uri, config: &ureq::config::Config, time: NextTimeout) -> Found {
         let name = uri.scheme().zip(uri.authority());
         let name = name.and_then(|(s, a)| DefaultResolver::host_and_port(s, a));
-        let known = lock(&self.0).clone().filter(|(of, ..)| *of == name);
-        if let Some((_, until, addresses)) = &known
+        let known = lock(&self.0).get(&name).cloned();
+        if let Some((until, addresses)) = &known
             && !left_until(*until).is_zero()
         {
             return Ok(addresses.clone());
         }
         let found = DefaultResolver::default().resolve(uri, config, time);
-        let found = found.or_else(|e| known.map(|(.., old)| old).ok_or(e))?;
-        *lock(&self.0) = Some((name, Instant::now() + LOOKUP_AGE, found.clone()));
+        let mut found = found.or_else(|e| known.map(|(_, old)| old).ok_or(e))?;
+        found.sort_by_key(SocketAddr::is_ipv6); // which, where it is broken, costs a time-out
+        lock(&self.0).insert(name, (Instant::now() + LOOKUP_AGE, found.clone()));
         Ok(found)
     }
 }

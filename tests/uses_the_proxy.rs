@@ -2,6 +2,7 @@
 
 mod common;
 use common::*;
+use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
@@ -95,7 +96,9 @@ fn socks(client: &mut TcpStream) -> io::Result<String> {
 /// Claude lives at a name that only the proxy knows; ChatGPT on this machine.
 fn far_away(host: &str) -> (Upstream, Upstream, Proxy, Setup) {
     let authority = Authority::new();
-    let far = Upstream::tls(&authority, |_, conn| conn.respond(200, &[], b"far"));
+    let far = Upstream::tls(&authority, |_, conn| {
+        conn.respond(200, &[("connection", "close")], b"far")
+    });
     let near = Upstream::start(|_, conn| conn.respond(200, &[], b"near"));
     let proxy = Proxy::start(far.addr);
     let setup = Setup::new(&near).save("claude", &far.login("claude", -10).claude());
@@ -201,6 +204,23 @@ fn a_socks_proxy_that_is_given_addresses() {
         .set("proxy", format!("socks5://{}", proxy.addr))
         .start();
     assert_proxied(&far, &proxy, &mux, "SOCKS 192.0.2.1:443");
+}
+
+/// The proxy's own address is looked up the same way, and does not drive the other one out.
+#[test]
+fn a_name_that_is_known_needs_no_name_server_for_socks() {
+    let (_far, _near, proxy, setup) = far_away("upstream.test");
+    let hosts = setup.write("hosts", "192.0.2.1 upstream.test\n");
+    let Some(script) = setup::mounting(&hosts, "/etc/hosts") else {
+        return say("SKIPPED: only root has an /etc/hosts of its own");
+    };
+    let setup = setup.set("proxy", format!("socks5://{}", proxy.addr));
+    let mux = setup.shell(&script).start();
+    assert_eq!(mux.message().text(), "far");
+    let asked = proxy.asked().len();
+    fs::write(&hosts, "192.0.2.2 upstream.test\n").expect("move the name");
+    assert_eq!(mux.message().text(), "far");
+    assert_eq!(proxy.asked()[asked..], ["SOCKS 192.0.2.1:443"]);
 }
 
 #[test]
