@@ -543,9 +543,11 @@ fn listen(host: &str, port: u16) -> io::Result<TcpListener> {
 /// What clients see of us, and the files that it comes from: certificate and key.
 struct Tls {
     files: [PathBuf; 2],
-    /// How they looked when they were last read.
+    /// How they looked when this was read from them.
     seen: [Option<Stamp>; 2],
     config: Arc<rustls::ServerConfig>,
+    /// Why what they hold now is not in use, once that was told.
+    trouble: String,
 }
 
 impl Tls {
@@ -554,9 +556,10 @@ impl Tls {
         let [cert, key] = &files;
         let chain = certificates(cert).map_err(|e| format!("cert_path: {e}"))?;
         let (cert, name) = (cert.display(), key.display());
+        let pem = fs::read(key).map_err(|e| format!("key_path: {name}: {e}"))?;
         // The parser's own error could quote the key.
         let none = |_| format!("key_path: {name}: found no private key, expected PEM");
-        let pem = PrivateKeyDer::from_pem_file(key).map_err(none)?;
+        let pem = PrivateKeyDer::from_pem_slice(&pem).map_err(none)?;
         let config = rustls::ServerConfig::builder().with_no_client_auth();
         let other = |e| format!("key_path: {name}: is not the key of {cert}: {e}");
         let mut config = config.with_single_cert(chain, pem).map_err(other)?;
@@ -565,20 +568,26 @@ impl Tls {
             files,
             seen,
             config: Arc::new(config),
+            trouble: String::new(),
         })
     }
 
     /// Takes the certificate from its files, where they are others than before.
     fn renew(&mut self) {
-        let seen = self.files.each_ref().map(|file| stamp(file));
-        if std::mem::replace(&mut self.seen, seen) == seen {
+        if self.files.each_ref().map(|file| stamp(file)) == self.seen {
             return;
         }
         match Tls::open(self.files.clone()) {
-            Ok(tls) => *self = tls,
-            Err(e) => return error!("tls.{e}; the old certificate stays in use"),
+            Ok(tls) => {
+                info!("tls: {} is in use", tls.files[0].display());
+                *self = tls;
+            }
+            Err(e) if e == self.trouble => {} // it may pass, so it is tried again
+            Err(e) => {
+                error!("tls.{e}; the old certificate stays in use");
+                self.trouble = e;
+            }
         }
-        info!("tls: {} is in use", self.files[0].display());
     }
 }
 

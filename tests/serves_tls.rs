@@ -130,6 +130,23 @@ fn a_renewed_pair_is_used_and_a_broken_one_is_not() {
     wait_until_shown(&mux, &third);
 }
 
+/// It is tried again, and told once.
+#[test]
+fn a_pair_that_cannot_be_read_for_a_moment() {
+    let (first, second) = (Authority::new(), Authority::new());
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).tls(&first).start();
+    let put =
+        |name: &str, text: &str| fs::write(mux.folder.0.join(name), text).expect("write a file");
+    let old = mux.limit_descriptors(3);
+    put("cert.pem", &second.cert_pem);
+    put("key.pem", &second.key_pem);
+    mux.wait_log("the old certificate stays in use");
+    mux.limit_descriptors(old);
+    wait_until_shown(&mux, &second);
+    assert_eq!(mux.log_lines("the old certificate").len(), 1);
+}
+
 #[test]
 fn a_client_that_speaks_no_tls_harms_nobody() {
     let authority = Authority::new();
@@ -166,6 +183,11 @@ fn a_pair_that_cannot_be_used_stops_the_start() {
         assert!(log.contains(".pem"), "{log}");
         assert!(!log.contains("panicked"), "{log}");
     }
+    let setup = Setup::new(&up).tls(&one);
+    fs::remove_file(setup.folder.0.join("key.pem")).expect("remove the key");
+    let (code, log) = setup.refused();
+    assert_eq!(code, 2, "{log}");
+    assert!(log.contains("key.pem: No such file"), "{log}");
 }
 
 /// With a close_notify behind it, or a client could not tell that nobody cut it off.
