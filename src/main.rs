@@ -208,9 +208,7 @@ fn serve(config: Config) -> Result<(), String> {
         lock(&credential.state).stopping = true;
     }
     debug!("no refresh begins any more");
-    // What need not wait for a refresh is saved first.
-    let (free, busy): (Vec<_>, Vec<_>) = credentials.partition(|c| c.turn.try_lock().is_ok());
-    for credential in free.iter().chain(&busy) {
+    for credential in credentials {
         let _ = catch_unwind(AssertUnwindSafe(|| credential.finish()));
     }
     info!("stopped");
@@ -230,7 +228,7 @@ fn lock_state_dir(folder: &Path) -> Result<File, String> {
     let opened = created.and_then(|()| File::open(folder));
     let claim = opened.map_err(|e| format!("state_dir {name}: {e}"))?;
     let locked = claim.try_lock();
-    locked.map_err(|e| format!("state_dir {name}: another ai-mux uses it ({e})"))?;
+    locked.map_err(|e| format!("state_dir {name}: {e}; does another ai-mux use it?"))?;
     Ok(claim)
 }
 
@@ -281,7 +279,7 @@ struct Gate {
 }
 
 /// What becomes of a stream after an answer. `None`: the connection is gone, without a final
-/// chunk or TLS close_notify. Else the next head may come; or, if the stream is leaving, no more.
+/// chunk or TLS close_notify. Else the next head may come; or no more, if the stream is draining.
 type Verdict = Option<Stream>;
 
 impl Gate {
@@ -430,7 +428,8 @@ impl Gate {
 
     /// Closes the connection that has been quiet longest, if there is one.
     fn make_room(&mut self) -> bool {
-        self.connections.extract_if(.., |_| true).next().is_some() // no more than one
+        let quietest = self.connections.len().min(1);
+        self.connections.drain(..quietest).next().is_some()
     }
 
     /// Reads on what a client sends. A whole head begins an exchange.
