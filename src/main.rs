@@ -148,10 +148,8 @@ const LIFETIME_MAX: f64 = 30.0 * 86400.0;
 /// Between refreshes that fail: the first wait, doubling up to the second.
 const BACKOFF_MIN: Duration = Duration::from_secs(5);
 const BACKOFF_MAX: Duration = Duration::from_secs(300);
-/// The longest `Retry-After` that is honoured, lest a mistake shut a provider for weeks.
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(86400);
 /// After a signal, for running requests.
-const DRAIN_TIME: Duration = Duration::from_secs(10);
+const STOP_TIME: Duration = Duration::from_secs(10);
 /// Longer than anything takes, and short enough to be added to any clock.
 const FOREVER: Duration = Duration::from_secs(365 * 86400);
 
@@ -364,7 +362,7 @@ impl Gate {
             if self.stopping.load(Ordering::SeqCst) {
                 if self.listener.take().is_some() {
                     info!("stopping, once running requests and refreshes have ended");
-                    end = Some(Instant::now() + DRAIN_TIME);
+                    end = Some(Instant::now() + STOP_TIME);
                     self.connections.retain(|s| s.draining.is_some());
                 }
                 for stream in self.connections.iter_mut().filter(|s| s.draining.is_none()) {
@@ -372,9 +370,15 @@ impl Gate {
                 }
             }
         }
-        let running = self.queue.len() + self.busy;
-        if running > 0 {
-            warn!("{running} requests still ran and are cut short");
+        for exchange in self.queue.drain(..) {
+            let stopped = Reply::new(
+                503,
+                "ai-mux was stopped before a worker was free; try again",
+            );
+            exchange.conclude(Err(stopped.retry_after(Duration::from_secs(1))));
+        }
+        if self.busy > 0 {
+            warn!("{} requests still ran and are cut short", self.busy);
         }
         Ok(())
     }
@@ -968,12 +972,13 @@ struct Credential {
 #[derive(Default)]
 struct State {
     token: Option<Token>,
-    /// Of the file when it last held a login; and whether that is sure while it has this one.
+    /// How the file looked when it last held a login.
     seen: Option<Stamp>,
+    /// As long as it looks so, it holds the same.
     settled: bool,
     /// The access token that the last refresh brought, and when.
     refreshed: Option<(Secret, SystemTime)>,
-    /// The last wait after a failure to do so.
+    /// The last wait after a failed refresh.
     backoff: Duration,
     failure: Option<Outage>,
     /// The token that was spent, and what it brought, if that is not on disk yet.
@@ -1058,7 +1063,6 @@ impl Credential {
         let mut state = self.reload(false);
         if let Some(old) = state.due(TOKEN_MARGIN, None).cloned() {
             drop(state);
-            self.turn.clear_poison(); // as `lock` takes it
             let turn = self.turn.try_lock().ok();
             if turn.is_none() && old.lasts(Duration::ZERO) {
                 return Ok(old);
@@ -1100,13 +1104,17 @@ impl Credential {
 
     /// The keeper: looks at the login every `interval`, and when there is something to try again.
     fn keep(&self) {
+        let mut woken = false; // early, to wait for another time
         while !lock(&self.state).stopping {
-            let _ = catch_unwind(AssertUnwindSafe(|| self.look()));
+            if !woken {
+                let _ = catch_unwind(AssertUnwindSafe(|| self.look()));
+            }
             let state = lock(&self.state);
             let retry = state.failure.as_ref().and_then(|(_, until)| *until);
             let retry = retry.map(left_until).filter(|time| !time.is_zero());
             let time = retry.map_or(self.interval, |time| time.min(self.interval));
-            drop(self.wake_keeper.wait_timeout(state, time));
+            let waited = self.wake_keeper.wait_timeout(state, time);
+            woken = waited.is_ok_and(|(_, waited)| !waited.timed_out());
         }
     }
 
@@ -1150,7 +1158,7 @@ impl Credential {
             return;
         };
         state.backoff = (state.backoff * 2).clamp(BACKOFF_MIN, BACKOFF_MAX);
-        let time = state.backoff.max(least).min(RETRY_AFTER_MAX);
+        let time = state.backoff.max(least).min(FOREVER);
         let (seconds, unsaved) = (time.as_secs(), state.unsaved.is_some());
         let level = if unsaved { Level::Error } else { Level::Warn };
         log!(level, "{name}: refresh: {why}; next try in {seconds}s");
@@ -1263,7 +1271,8 @@ impl Credential {
         }
         state.settled = false;
         let only_copy = state.unsaved.is_some();
-        // That of a new login goes with a log-out, not with a file that may be mended.
+        // Whether the token still serves: not after a log-out; where the file cannot be used as it
+        // is, only one that is nowhere else.
         let kept = |e: &io::Error| match e.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => false,
             ErrorKind::InvalidInput | ErrorKind::PermissionDenied => only_copy,
@@ -1286,7 +1295,7 @@ impl Credential {
         state
     }
 
-    /// Takes a login, or why there is none, unless it is the known one, or older than ours, or
+    /// Takes a login, or why there is none, unless it is the known one, or the one that was spent, or
     /// ours on its way to the disk.
     fn adopt(&self, state: &mut State, token: Option<Token>, failure: Option<Outage>) {
         let (name, refresh) = (self.provider.name, token.as_ref().map(|t| &t.refresh));
@@ -1411,7 +1420,7 @@ impl Draft {
 
     /// Puts the text in place, unless the file is no longer the one that was `read`.
     fn publish(mut self, json: &Value, read: Stamp) -> io::Result<()> {
-        let text = serde_json::to_vec(json)?; // never longer than what it replaces, but for the tokens
+        let text = serde_json::to_vec(json)?; // what it adds to the old one fits TOKEN_SIZE
         self.file.write_all_at(&text, 0)?;
         self.file.set_len(text.len() as u64)?;
         self.file.sync_all()?;
@@ -1603,10 +1612,10 @@ impl Upstream {
             .timeout_connect(time)
             .timeout_per_write(time)
             .timeout_recv_response(time)
-            .timeout_recv_body(Some(FOREVER)) // so that a wire can tell that it is in a body
+            .timeout_recv_body(Some(FOREVER)) // so that `SilenceLimit` knows a body
             .max_idle_connections(UPSTREAMS_KEPT)
             .max_idle_connections_per_host(UPSTREAMS_KEPT);
-        let connector = DefaultConnector::new().chain(IdleLimit(()));
+        let connector = DefaultConnector::new().chain(SilenceLimit(()));
         Ok(Upstream {
             provider,
             agent: ureq::Agent::with_parts(requests.build(), connector, Lookup::default()),
@@ -1783,23 +1792,23 @@ thread_local! {
     static SILENCE_END: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// A wire of ureq's that keeps to `SILENCE_END`, and what makes one of each. It is for bodies:
-/// ureq's own limit for a read would cut a head, a handshake and a proxy's tunnel as well, and
-/// begins anew with each byte of what is no part of a body.
+/// A transport of ureq's that waits for a body until `SILENCE_END`, and is open only if nothing is
+/// left to read; as `SilenceLimit<()>` it makes such a one of any. ureq's own limit for a read would
+/// cut a head, a handshake and a proxy's tunnel as well, and begins anew with each byte between chunks.
 #[derive(Debug)]
-struct IdleLimit<T>(T);
+struct SilenceLimit<T>(T);
 
-type Made<T> = Result<Option<IdleLimit<T>>, ureq::Error>;
+type Made<T> = Result<Option<SilenceLimit<T>>, ureq::Error>;
 
-impl<T: Transport> Connector<T> for IdleLimit<()> {
-    type Out = IdleLimit<T>;
+impl<T: Transport> Connector<T> for SilenceLimit<()> {
+    type Out = SilenceLimit<T>;
 
-    fn connect(&self, _: &ConnectionDetails, wire: Option<T>) -> Made<T> {
-        Ok(wire.map(IdleLimit))
+    fn connect(&self, _: &ConnectionDetails, made: Option<T>) -> Made<T> {
+        Ok(made.map(SilenceLimit))
     }
 }
 
-impl<T: Transport> Transport for IdleLimit<T> {
+impl<T: Transport> Transport for SilenceLimit<T> {
     fn await_input(&mut self, mut time: NextTimeout) -> Result<bool, ureq::Error> {
         if time.reason == ureq::Timeout::RecvBody {
             // In tenths: the same each time, as a rule, so that the socket need not be told anew.
@@ -1911,7 +1920,7 @@ struct Stream {
     buffered: Vec<u8>,
     /// A part of a TLS record has come.
     partial: bool,
-    /// In the gate: it is to be read, as its socket tells; or more may be there than that tells.
+    /// In the gate: it is to be read, as its socket tells, or as the socket may not tell.
     recheck: bool,
     /// After its last answer, how much of what it still sends is taken.
     draining: Option<usize>,

@@ -159,6 +159,25 @@ fn what_could_not_be_written_is_written_at_shutdown() {
     wait_until_saved(&up, &mux);
 }
 
+/// Whoever made the refresh: the keeper, who looks after it then, waits as the log says.
+#[test]
+fn what_a_request_could_not_write_is_tried_again_after_the_wait() {
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).unprivileged().start();
+    assert_eq!(mux.message().status, 200);
+    let folder = mux.state().join("claude");
+    up.on_refresh(move |_, _| {
+        allow(&folder, 0o500);
+        Ok(false)
+    });
+    up.revoke(up.requests().pop().expect("a request").bearer());
+    let begun = Instant::now();
+    assert_eq!(mux.message().status, 200);
+    mux.wait_log_times("in memory only", 2);
+    let time = begun.elapsed();
+    assert!(time >= Duration::from_secs(5), "after {time:?}");
+}
+
 /// Requests, which may be many, do not drive the tries: each one makes the next wait longer.
 #[test]
 fn requests_do_not_wear_out_the_tries() {

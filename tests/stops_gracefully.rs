@@ -44,13 +44,24 @@ fn a_running_stream_is_finished_and_idle_connections_are_closed() {
 #[test]
 fn a_stream_that_takes_too_long_is_broken_off() {
     let (up, go) = two_events();
-    let (mut mux, mut client) = running(&up, Setup::new(&up));
+    let (mut mux, mut client) = running(&up, Setup::new(&up).set("workers", 1));
+    let mut waiting = mux.client();
+    waiting.request("POST", MESSAGES, &[BEARER], b"{}");
+    let health = mux.client().request("GET", "/healthz", &[], b"").answer();
+    assert_eq!(
+        health.status, 200,
+        "from the gate, which has seen what waits"
+    );
     let asked = Instant::now();
     mux.signal(Signal::TERM);
     assert_eq!(mux.wait_exit(), 0);
     let time = asked.elapsed();
     assert!(time >= Duration::from_secs(10), "it had only {time:?}");
     assert!(client.piece().is_err(), "an end that is no end");
+    let answer = waiting.answer();
+    assert_eq!((answer.status, up.requests().len()), (503, 1));
+    assert!(answer.error().contains("stopped"));
+    assert_eq!(mux.log_lines("status=503").len(), 1);
     go.advance();
 }
 
