@@ -2442,9 +2442,11 @@ fn fields(part: Yaml, known: &str) -> Result<Mapping, String> {
     let Some(key) = found.keys().find(unknown) else {
         return Ok(found);
     };
-    // It could be a secret, if the space behind its colon was left out.
+    // It could be a secret, if the space behind its colon was left out, or if it is no name at all:
+    // a misspelled one is about as long as a right one.
+    let longest = known.split(' ').map(str::len).max().unwrap_or_default();
     let key = key.as_str().and_then(|key| key.split(':').next());
-    let short = key.filter(|key| key.len() < 16);
+    let short = key.filter(|key| key.len() < longest + 5);
     let key = short.unwrap_or("what is not shown");
     Err(format!("{key}: is unknown, expected one of: {known}"))
 }

@@ -25,6 +25,10 @@ fn run(name: &str, text: &str) -> (i32, String) {
 const TABLE: &[(&str, &[&str])] = &[
     ("listne: ':8080'", &["listne", "listen"]),
     ("listne:", &["listne", "listen"]),
+    (
+        "stream_idle_timout: 5m",
+        &["stream_idle_timout", "stream_idle_timeout"],
+    ),
     ("\"list\\nne\": 1", &["listen"]),
     ("listen: 8080", &["listen"]),
     ("listen: localhost", &["listen", "localhost"]),
