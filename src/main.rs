@@ -85,8 +85,7 @@ const IDLE_TIME: Duration = Duration::from_secs(300);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// What is read from a client in one go: a head and a small body fit.
 const CHUNK_SIZE: usize = 8 << 10;
-/// A user's token has this length at least; nothing that is logged of a head without a look for
-/// tokens is as long.
+/// A user's token has this length at least, and a method, which is logged, less.
 const TOKEN_LENGTH: usize = 16;
 /// In the log, of a request's path, and of a header's value.
 const TEXT_SHOWN: usize = 200;
@@ -148,6 +147,8 @@ const LIFETIME_MAX: f64 = 30.0 * 86400.0;
 /// Between refreshes that fail: the first wait, doubling up to the second.
 const BACKOFF_MIN: Duration = Duration::from_secs(5);
 const BACKOFF_MAX: Duration = Duration::from_secs(300);
+/// The longest `Retry-After` that is honoured, lest a mistake shut a provider for weeks.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(86400);
 /// After a signal, for running requests.
 const STOP_TIME: Duration = Duration::from_secs(10);
 /// Longer than anything takes, and short enough to be added to any clock.
@@ -452,7 +453,6 @@ impl Gate {
         }
         exchange.stream.socket.deadline = Instant::now() + self.proxy.config.request_timeout;
         self.queue.push(exchange);
-        self.start_workers();
     }
 
     /// As many as are needed, and some to spare, as long as there may be more.
@@ -462,7 +462,12 @@ impl Gate {
             let (server, proxy) = (self.server.clone(), self.proxy.clone());
             let work = move || server.incoming_requests().for_each(|t| proxy.serve(t));
             if let Err(e) = spawn("worker", work) {
-                return warn!("start a worker: {e}");
+                let level = if self.busy == self.running {
+                    Level::Warn
+                } else {
+                    Level::Debug
+                };
+                return log!(level, "start a worker: {e}");
             }
             self.running += 1;
         }
@@ -471,6 +476,9 @@ impl Gate {
     /// Parks an exchange for each worker that has none, with a ticket; refuses those that have
     /// waited too long for one.
     fn dispatch(&mut self) -> io::Result<()> {
+        if !self.queue.is_empty() {
+            self.start_workers();
+        }
         let count = self.queue.len().min(self.running - self.busy);
         lock(&self.proxy.parked).extend(self.queue.drain(..count));
         self.busy += count;
@@ -549,8 +557,8 @@ struct Tls {
     /// How they looked when this was read from them.
     seen: [Option<Stamp>; 2],
     config: Arc<rustls::ServerConfig>,
-    /// Why what they hold now is not in use, once that was told.
-    trouble: String,
+    /// How they look if that is not in use, and why, once that was told.
+    told: ([Option<Stamp>; 2], String),
 }
 
 impl Tls {
@@ -571,24 +579,25 @@ impl Tls {
             files,
             seen,
             config: Arc::new(config),
-            trouble: String::new(),
+            told: Default::default(),
         })
     }
 
     /// Takes the certificate from its files, where they are others than before.
     fn renew(&mut self) {
-        if self.files.each_ref().map(|file| stamp(file)) == self.seen {
-            return;
+        let now = self.files.each_ref().map(|file| stamp(file));
+        if now == self.seen {
+            return self.told = Default::default();
         }
         match Tls::open(self.files.clone()) {
             Ok(tls) => {
                 info!("tls: {} is in use", tls.files[0].display());
                 *self = tls;
             }
-            Err(e) if e == self.trouble => {} // it may pass, so it is tried again
+            Err(e) if self.told == (now, e.clone()) => {} // it may pass, so it is tried again
             Err(e) => {
                 error!("tls.{e}; the old certificate stays in use");
-                self.trouble = e;
+                self.told = (now, e);
             }
         }
     }
@@ -761,8 +770,8 @@ fn fence(mut exchange: Exchange, handle: impl FnOnce(&mut Exchange) -> Outcome) 
     concluded.unwrap_or_default()
 }
 
-/// Whether a request has its whole answer from upstream; if not, the reply, or (with status 0) why
-/// the connection is broken off.
+/// Whether a request has its whole answer from upstream; if not, the reply; or, with status 0 and
+/// once an answer has begun, why the connection is broken off.
 type Outcome = Result<(), Reply>;
 
 /// A client's request, from its head to its verdict.
@@ -1063,6 +1072,7 @@ impl Credential {
         let mut state = self.reload(false);
         if let Some(old) = state.due(TOKEN_MARGIN, None).cloned() {
             drop(state);
+            self.turn.clear_poison(); // as `lock` takes it
             let turn = self.turn.try_lock().ok();
             if turn.is_none() && old.lasts(Duration::ZERO) {
                 return Ok(old);
@@ -1158,7 +1168,7 @@ impl Credential {
             return;
         };
         state.backoff = (state.backoff * 2).clamp(BACKOFF_MIN, BACKOFF_MAX);
-        let time = state.backoff.max(least).min(FOREVER);
+        let time = state.backoff.max(least).min(RETRY_AFTER_MAX);
         let (seconds, unsaved) = (time.as_secs(), state.unsaved.is_some());
         let level = if unsaved { Level::Error } else { Level::Warn };
         log!(level, "{name}: refresh: {why}; next try in {seconds}s");
@@ -2194,7 +2204,9 @@ fn invalid(why: &str) -> io::Error {
 
 fn chunk_line(source: &mut impl BufRead) -> io::Result<String> {
     let mut line = String::new();
-    source.take(LINE_SIZE as u64).read_line(&mut line)?;
+    if source.take(LINE_SIZE as u64).read_line(&mut line)? == 0 {
+        return Err(ErrorKind::UnexpectedEof.into());
+    }
     let plain = |text: &&str| text.bytes().all(|b| matches!(b, b'\t' | b' '..=b'~'));
     let text = line.strip_suffix("\r\n").filter(plain);
     let wrong = || invalid("a line between chunks is cut off, too long, or not plain");
@@ -2442,11 +2454,9 @@ fn fields(part: Yaml, known: &str) -> Result<Mapping, String> {
     let Some(key) = found.keys().find(unknown) else {
         return Ok(found);
     };
-    // It could be a secret, if the space behind its colon was left out, or if it is no name at all:
-    // a misspelled one is about as long as a right one.
-    let longest = known.split(' ').map(str::len).max().unwrap_or_default();
+    // A user's could be a token, if the space behind its colon was left out, or NAME: before it.
     let key = key.as_str().and_then(|key| key.split(':').next());
-    let short = key.filter(|key| key.len() < longest + 5);
+    let short = key.filter(|key| key.len() < TOKEN_LENGTH || !known.contains("token_file"));
     let key = short.unwrap_or("what is not shown");
     Err(format!("{key}: is unknown, expected one of: {known}"))
 }
@@ -2484,8 +2494,10 @@ const PATH: Kind<Option<PathBuf>> = ("a path", |value| {
 const ADDRESS: Kind<(String, u16)> = ("\":PORT\" or \"HOST:PORT\"", |value| {
     let (host, port) = value.as_str()?.rsplit_once(':')?;
     let host = if host.is_empty() { "[::]" } else { host };
-    let host = host.trim_matches(['[', ']']).to_owned();
-    Some((host, port.parse().ok()?))
+    let host = host.trim_matches(['[', ']']);
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._:%".contains(&b);
+    let fine = !host.is_empty() && host.bytes().all(plain);
+    Some((host.to_owned(), port.parse().ok()?)).filter(|_| fine)
 });
 
 const FOLDER: Kind<PathBuf> = ("a path, or ~/PATH where there is a home", |value| {
@@ -2679,11 +2691,13 @@ fn shown(headers: &HeaderMap, secret: impl Fn(&[u8]) -> bool) -> String {
     const HARMLESS: &str = "accept accept-encoding anthropic-beta anthropic-version connection \
         content-encoding content-length content-type date request-id retry-after \
         transfer-encoding user-agent x-request-id x-should-retry";
-    let shown = headers.iter().map(|(name, value)| {
-        let (harmless, size) = (HARMLESS.split(' ').any(|known| name == known), value.len());
-        match harmless && size <= TEXT_SHOWN && !secret(value.as_bytes()) {
+    let plain = |text: &[u8]| text.len() <= TEXT_SHOWN && !secret(text);
+    let headers = headers.iter().filter(|(name, _)| plain(name.as_ref()));
+    let shown = headers.map(|(name, value)| {
+        let harmless = HARMLESS.split(' ').any(|known| name == known);
+        match harmless && plain(value.as_bytes()) {
             true => format!("{name}: {value:?}"),
-            false => format!("{name}: ({size} bytes)"),
+            false => format!("{name}: ({} bytes)", value.len()),
         }
     });
     shown.collect::<Vec<_>>().join(", ")

@@ -2,7 +2,11 @@
 
 mod common;
 use common::*;
+use std::fs;
 use std::net::TcpStream;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 fn few_descriptors(up: &Upstream) -> Mux {
     let setup = Setup::new(up).set("workers", 16);
@@ -91,6 +95,29 @@ fn a_request_that_needs_one_more_fails_alone() {
     assert_eq!(up.requests().pop().expect("a request").bearer(), new.access);
     drop(client);
     mux.assert_recovered(before, 4);
+}
+
+/// Nor is a thread for a worker: once there is one, the request is served.
+#[test]
+fn when_no_thread_is_to_be_had_a_request_waits() {
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).unprivileged().start();
+    let owner = fs::metadata(format!("/proc/{}", mux.pid())).expect("the process");
+    let limit = |threads: &str| {
+        let mut prlimit = Command::new("prlimit"); // which its own user may
+        prlimit.arg(format!("--pid={}", mux.pid()));
+        prlimit.arg(format!("--nproc={threads}:"));
+        prlimit.uid(owner.uid()).gid(owner.gid());
+        prlimit.status().is_ok_and(|status| status.success())
+    };
+    if owner.uid() == 0 || !limit("1") {
+        return say("SKIPPED: no prlimit here, or root's threads have no limit");
+    }
+    let mut client = mux.client();
+    client.request("POST", MESSAGES, &[BEARER], b"{}");
+    mux.wait_log("start a worker");
+    assert!(limit("4096"), "raise the limit");
+    assert_eq!(client.answer().text(), "fine");
 }
 
 /// What waits for many descriptors at once has a limit too.

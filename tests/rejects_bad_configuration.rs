@@ -35,6 +35,10 @@ const TABLE: &[(&str, &[&str])] = &[
     ("listen: ':99999'", &["listen", "99999"]),
     ("listen: ':http'", &["listen", "http"]),
     ("listen: ''", &["listen"]),
+    ("listen: 'http://127.0.0.1:80'", &["listen", "HOST:PORT"]),
+    ("listen: '*:80'", &["listen", "HOST:PORT"]),
+    ("listen: '[]:80'", &["listen", "HOST:PORT"]),
+    ("listen: \"a\\nb:80\"", &["listen", "HOST:PORT"]),
     ("state_dir: 5", &["state_dir"]),
     ("state_dir: [a]", &["state_dir"]),
     (
