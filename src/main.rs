@@ -848,10 +848,11 @@ impl Proxy {
     /// What the gate can tell by the head alone: a reply, or that it takes a worker.
     fn screen(&self, exchange: &mut Exchange) -> Result<(), Reply> {
         let secret = |text: &[u8]| {
+            let text = text.to_ascii_lowercase(); // as the names of headers are
             let holds = |user: &User| {
-                let token = user.token.expose().as_bytes();
+                let token = user.token.expose().to_ascii_lowercase();
                 let mut parts = text.windows(token.len()).take(TEXT_SHOWN);
-                parts.any(|part| part.ct_eq(token).into())
+                parts.any(|part| part.ct_eq(token.as_bytes()).into())
             };
             self.config.users.iter().any(holds)
         };
@@ -2407,7 +2408,8 @@ fn headers(found: Mapping) -> Result<HeaderMap, String> {
         let value = HeaderValue::from_str(value.as_str().unwrap_or("\n")).ok();
         let value = value.filter(|v| v.to_str().is_ok() && name.len() + v.len() < LINE_SIZE);
         let Some((key, value)) = key.zip(value) else {
-            let name = name.split([':', '=']).next().unwrap_or_default();
+            let other = |c: char| !c.is_ascii_alphanumeric() && !"-_".contains(c);
+            let name = name.split(other).next().unwrap_or_default(); // a value could be behind it
             let right = "a header that may be set, once, with a string of ASCII, below 8 KiB";
             return Err(format!("headers: {name:?} is not {right}"));
         };

@@ -112,6 +112,13 @@ fn a_token_in_the_path() {
         assert_eq!(mux.ask("POST", MESSAGES, &[headers], b"{}").status, 200);
     }
     mux.wait_log_times("user-agent: (", 2);
+    assert_eq!(
+        mux.ask("POST", MESSAGES, &[(TOKEN, "x")], b"{}").status,
+        200
+    );
+    mux.wait_log_times("status=200", 3);
+    let name = TOKEN.to_ascii_lowercase();
+    assert!(!mux.log().contains(&name), "nor is the name of a header");
 }
 
 #[test]

@@ -111,7 +111,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ),
     (
         "providers: [{name: claude, headers: {'x a': b}}]",
-        &["headers", "x a"],
+        &["headers", "\"x\" "],
     ),
     (
         "providers: [{name: claude, headers: {'': b}}]",
@@ -265,6 +265,7 @@ fn what_was_found_in_a_secret_field_is_not_shown() {
         "providers: [{name: claude, base_url: {headers: {x-a: Pw5xKt}}}]".to_owned(),
         "providers: [{name: {headers: {x-a: Pw5xKt}}}]".to_owned(),
         "providers: [{name: claude, headers: {x-a=Pw5xKt: }}]".to_owned(),
+        "providers: [{name: claude, headers: {x-a Pw5xKt}}]".to_owned(),
         "providers: [{name: claude, headers: {'x-a = Pw5xKt': 1}}]".to_owned(),
         "proxy: !!int Pw5xKtRb8zHn".to_owned(),
         "proxy: Pw5xKtRb8zHn".to_owned(),
