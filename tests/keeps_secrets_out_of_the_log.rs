@@ -107,7 +107,7 @@ fn a_token_in_the_path() {
     mux.wait_log_times("path=(a token)", 4);
     assert_eq!(up.requests().len(), 0);
     // At debug, values are in the log, too.
-    let agent = format!("{} {TOKEN}", "x".repeat(190));
+    let agent = format!("{} {TOKEN}", "x".repeat(250));
     for headers in [("user-agent", TOKEN), ("user-agent", agent.as_str())] {
         assert_eq!(mux.ask("POST", MESSAGES, &[headers], b"{}").status, 200);
     }
