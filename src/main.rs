@@ -250,7 +250,7 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
 // ─── gate ────────────────────────────────────────────────────────────────────────────────────
 // In: client connections, verdicts, signals. Out: exchanges for the workers, whose heads are
 // well-formed and have passed the handler's screening; to the client, only what is decided by the
-// head alone, or that the pool is full. One thread, and all of it its own but what is parked and
+// head alone, or that no worker was free. One thread, and all of it its own but what is parked and
 // the verdicts; it waits for all clients and for none. No body passes but what is drained after a
 // last answer.
 
@@ -760,7 +760,8 @@ impl Proxy {
     }
 }
 
-/// Brings an exchange to its verdict, whatever happens: a panic is 500, or else a broken answer.
+/// Brings an exchange to its verdict, whatever happens: a panic is 500 if nothing was sent yet, else
+/// a broken answer.
 fn fence(mut exchange: Exchange, handle: impl FnOnce(&mut Exchange) -> Outcome) -> Verdict {
     exchange.stream.socket.blocking = true;
     let handled = catch_unwind(AssertUnwindSafe(|| handle(&mut exchange)));
