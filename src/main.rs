@@ -34,7 +34,7 @@ use std::fmt::Display;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, BufRead, Cursor, ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -1133,7 +1133,7 @@ impl Credential {
     /// After a refresh that runs, writes what is unsaved, and begins another where one is due.
     fn look(&self) {
         let turn = lock(&self.turn);
-        self.save(None);
+        self.save();
         self.refresh_if_due(turn, self.interval + TOKEN_MARGIN, None);
     }
 
@@ -1184,9 +1184,11 @@ impl Credential {
         if lock(&self.state).unsaved.is_some() {
             return Err(passing("the last one is not on disk yet".into()));
         }
-        let draft = Draft::new(&self.path).map_err(passing)?;
-        // The new tokens are edited into this file; and a draft takes its time, in which another
-        // tool may have been here: then its login holds.
+        let room = fs::metadata(&self.path).map_or(0, |meta| meta.len()) + TOKEN_SIZE;
+        let rehearsed = self.replace(&" ".repeat(room as usize), None);
+        rehearsed.map_err(passing)?;
+        // The new tokens are edited into this file; and the rehearsal takes its time, in which
+        // another tool may have been here: then its login holds.
         let (.., found) = self.read().map_err(|e| passing(e.to_string()))?;
         if found != *old {
             return Ok(());
@@ -1196,7 +1198,7 @@ impl Credential {
         state.refreshed = Some((new.access.clone(), SystemTime::now()));
         state.unsaved = Some((old.clone(), new));
         drop(state);
-        self.save(Some(draft));
+        self.save();
         Ok(())
     }
 
@@ -1239,12 +1241,12 @@ impl Credential {
     }
 
     /// Puts what is unsaved on disk, then into use; or only into use, if that fails.
-    fn save(&self, draft: Option<Draft>) {
+    fn save(&self) {
         let unsaved = lock(&self.state).unsaved.clone();
         let Some((old, new)) = unsaved else { return };
-        let saved = self.write(&old, &new, draft);
+        let saved = self.write(&old, &new);
         // At once again: what another program did to it in just that moment is over.
-        let saved = saved.or_else(|_| self.write(&old, &new, None));
+        let saved = saved.or_else(|_| self.write(&old, &new));
         let mut state = self.reload(true);
         match saved {
             _ if state.unsaved.is_none() => {} // a login of the file's own, or a log-out, has won
@@ -1261,17 +1263,41 @@ impl Credential {
         }
     }
 
-    /// Writes a new token into the file, by the draft or a new one, unless the file has a newer
-    /// login; and what it has then.
-    fn write(&self, old: &Token, new: &Token, draft: Option<Draft>) -> Result<Token, String> {
-        let failed = |e: io::Error| format!("write {}: {e}", self.path.display());
-        let draft = draft.map_or_else(|| Draft::new(&self.path), Ok)?;
-        let (read, mut json, found) = self.read().map_err(failed)?;
+    /// Writes a new token into the file, unless that has a newer login; and what it has then.
+    fn write(&self, old: &Token, new: &Token) -> Result<Token, String> {
+        let (read, mut json, found) = self.read().map_err(|e| e.to_string())?;
         if found.refresh == old.refresh {
             self.provider.edit(&mut json, new);
-            draft.publish(&json, read).map_err(failed)?;
+            self.replace(&json.to_string(), Some(read))?;
         }
         Ok(self.provider.token_in(&json).unwrap_or(found))
+    }
+
+    /// Replaces the file whole, through links: a new one is written beside it, synced, and renamed
+    /// over it, if that is still the one that was `read`. Without, it is a rehearsal of all but that.
+    fn replace(&self, text: &str, read: Option<Stamp>) -> Result<(), String> {
+        let name = self.path.display();
+        let failed =
+            |e| format!("{name} cannot be replaced: {e}; its folder must be writable, with room");
+        let target = self.path.canonicalize().map_err(failed)?;
+        let new = PathBuf::from([target.as_os_str(), "ai-mux-new".as_ref()].join(".".as_ref()));
+        let _ = fs::remove_file(&new); // left behind by kill -9
+        // A file that is mounted by itself cannot be linked to, nor replaced (link(2), EXDEV).
+        let crosses = |e: io::Error| e.kind() == ErrorKind::CrossesDevices;
+        if read.is_none() && fs::hard_link(&target, &new).is_err_and(crosses) {
+            return Err(format!("{name} is a mount by itself; mount its folder"));
+        }
+        let _ = fs::remove_file(&new);
+        let done = write_new(&new, text).and_then(|()| match read {
+            None => Ok(()),
+            Some(read) if stamp(&target) == Some(read) => {
+                fs::rename(&new, &target)?;
+                File::open(target.parent().unwrap_or(Path::new("/")))?.sync_all()
+            }
+            Some(_) => Err(io::Error::other("another program has changed it")),
+        });
+        let _ = fs::remove_file(&new); // none, once it is in place
+        done.map_err(failed)
     }
 
     /// Adopts what is new on disk. `anyway` reads the file even if it seems unchanged. Small and
@@ -1380,75 +1406,13 @@ impl Credential {
     }
 }
 
-/// A file that will replace another whole: written beside it, synced, renamed over it.
-struct Draft {
-    target: PathBuf,
-    path: PathBuf,
-    file: File,
-    /// Held on the target by the one who replaces it: the draft's name is always the same.
-    _lock: File,
-}
-
-impl Draft {
-    /// Proves that the folder can be written and has room, before anything depends on it.
-    fn new(path: &Path) -> Result<Draft, String> {
-        let name = path.display();
-        let failed =
-            |e| format!("{name} cannot be replaced: {e}; its folder must be writable, with room");
-        let target = path.canonicalize().map_err(failed)?;
-        let inode = || stamp(&target).map(|([device, inode, _], ..)| (device, inode));
-        let seen = inode();
-        let lock = File::open(&target).map_err(failed)?;
-        // Some network file systems have no such locks.
-        let taken = matches!(lock.try_lock(), Err(fs::TryLockError::WouldBlock));
-        if taken || inode() != seen {
-            return Err(format!("{name} is locked by another program; stop it"));
-        }
-        let path = PathBuf::from([target.as_os_str(), "ai-mux-new".as_ref()].join(".".as_ref()));
-        let left = fs::remove_file(&path).err(); // one behind by kill -9
-        if let Some(e) = left.filter(|e| e.kind() != ErrorKind::NotFound) {
-            return Err(failed(e));
-        }
-        // A file that is mounted by itself cannot be linked to, nor replaced (link(2), EXDEV).
-        let crosses = |e: io::Error| e.kind() == ErrorKind::CrossesDevices;
-        if fs::hard_link(&target, &path).is_err_and(crosses) {
-            return Err(format!("{name} is a mount by itself; mount its folder"));
-        }
-        let _ = fs::remove_file(&path);
-        let size = fs::metadata(&target).map_err(failed)?.len() + TOKEN_SIZE;
-        let mut options = File::options();
-        options.write(true).create_new(true).mode(0o600);
-        let file = options.open(&path).map_err(failed)?;
-        let mut draft = Draft {
-            target,
-            path,
-            file,
-            _lock: lock,
-        };
-        let filled = io::copy(&mut io::repeat(b' ').take(size), &mut draft.file);
-        filled.and_then(|_| draft.file.sync_all()).map_err(failed)?;
-        Ok(draft)
-    }
-
-    /// Puts the text in place, unless the file is no longer the one that was `read`.
-    fn publish(mut self, json: &Value, read: Stamp) -> io::Result<()> {
-        let text = serde_json::to_vec(json)?; // what it adds to the old one fits TOKEN_SIZE
-        self.file.write_all_at(&text, 0)?;
-        self.file.set_len(text.len() as u64)?;
-        self.file.sync_all()?;
-        if stamp(&self.target) != Some(read) {
-            return Err(io::Error::other("another program has changed it"));
-        }
-        fs::rename(&self.path, &self.target)?;
-        self.path.clear(); // with the target it has lost its lock, so that name may be another's
-        File::open(self.target.parent().unwrap_or(Path::new("/")))?.sync_all()
-    }
-}
-
-impl Drop for Draft {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path); // none, once published
-    }
+/// Writes a file that is not there yet, for nobody else to read.
+fn write_new(path: &Path, text: &str) -> io::Result<()> {
+    let mut options = File::options();
+    options.write(true).create_new(true).mode(0o600);
+    let mut file = options.open(path)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()
 }
 
 fn secret_in(value: &Value) -> Option<Secret> {

@@ -280,11 +280,11 @@ fn it_is_synced_before_it_is_in_place_and_its_folder_after() {
     let names: Vec<_> = names
         .map(|name| name.split("at").next().unwrap_or(name))
         .collect();
-    // The first is of the draft, which is filled before a token is spent.
+    // The first is of the rehearsal, before a token is spent.
     assert_eq!(names, ["fsync", "fsync", "rename", "fsync"], "{calls}");
 }
 
-/// To make the draft takes a while on a slow disk, and what another tool does meanwhile counts.
+/// The rehearsal takes a while on a slow disk, and what another tool does meanwhile counts.
 #[test]
 fn a_token_that_was_replaced_just_before_is_not_spent() {
     let up = Upstream::plain();
