@@ -2315,7 +2315,10 @@ impl Config {
         let users: Result<Vec<_>, _> = entries.into_iter().map(user).collect();
         let users = users.map_err(|e| format!("users: {e}"))?;
         if let Some(again) = repeated(&users, |a, b| a.name == b.name || a.token == b.token) {
-            return Err(format!("users: found {:?} or its token again", again.name));
+            let name = &again.name;
+            return Err(format!(
+                "users: found {name:?} or its token again, expected once"
+            ));
         }
         Ok(Config {
             listen: field("listen", file, ":8080", ADDRESS)?,
@@ -2353,7 +2356,7 @@ fn user(entry: Yaml) -> Result<User, String> {
     let entry = &mut fields(entry, "name token token_file")?;
     let name = field("name", entry, "", NAME)?;
     if let Some(path) = field("token_file", entry, Yaml::Null, PATH)? {
-        let failed = |e| format!("token_file {}: {e}", path.display());
+        let failed = |e| format!("{name:?}: token_file {}: {e}", path.display());
         let text = fs::read_to_string(&path).map_err(failed)?;
         let token = entry.insert("token".into(), text.trim().into());
         if token.is_some_and(|token| !token.is_null()) {
@@ -2405,8 +2408,10 @@ fn unquoted(e: impl Display) -> String {
     let mut text = e.to_string();
     let letter = |b: u8| b == b'_' || b.is_ascii_lowercase();
     let name = |key: &str| text.contains("duplicate") && key.len() < 16 && key.bytes().all(letter);
-    if text.split('"').nth(1).is_some_and(|quoted| !name(quoted)) {
-        text.truncate(text.find('"').unwrap_or(text.len()));
+    let quotes = ['"', '`'];
+    let quoted = text.split(quotes).nth(1);
+    if quoted.is_some_and(|quoted| !name(quoted)) {
+        text.truncate(text.find(quotes).unwrap_or(text.len()));
         text += "(not shown)";
     }
     text
@@ -2434,8 +2439,9 @@ fn field<T>(name: &str, of: &mut Mapping, or: impl Into<Yaml>, kind: Kind<T>) ->
     let found = of.remove(name).filter(|found| !found.is_null());
     let value = found.unwrap_or_else(|| or.into());
     let text = serde_json::to_string(&value).unwrap_or_default();
-    // A URL with a user in it has a password in it.
-    let secret = ["token", "users", "headers", "proxy"].contains(&name) || text.contains('@');
+    // A URL with a user in it has a password in it, one with a query a key; and a path of lines is one.
+    let secret =
+        ["token", "users", "headers", "proxy"].contains(&name) || text.contains(['@', '?', '\\']);
     let shown = match &value {
         Yaml::Mapping(_) | Yaml::Sequence(_) | Yaml::Tagged(_) => "what has parts",
         _ if secret => "what is not shown",
@@ -2454,7 +2460,8 @@ const LIST: Kind<Vec<Yaml>> = ("a list", |value| value.as_sequence().cloned());
 const MAPPING: Kind<Mapping> = ("NAME: VALUE lines", |value| value.as_mapping().cloned());
 
 const PATH: Kind<Option<PathBuf>> = ("a path", |value| {
-    let path = value.as_str().map(PathBuf::from);
+    let plain = |path: &&str| !path.contains(char::is_control);
+    let path = value.as_str().filter(plain).map(PathBuf::from);
     (value.is_null() || path.is_some()).then_some(path)
 });
 
@@ -2464,7 +2471,7 @@ const ADDRESS: Kind<(String, u16)> = ("\":PORT\" or \"HOST:PORT\"", |value| {
     let host = host.trim_matches(['[', ']']);
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._:%".contains(&b);
     let fine = !host.is_empty() && host.bytes().all(plain);
-    Some((host.to_owned(), port.parse().ok()?)).filter(|_| fine)
+    Some((host.to_owned(), port.parse().ok()?)).filter(|_| fine && !port.starts_with('+'))
 });
 
 const FOLDER: Kind<PathBuf> = ("a path, or ~/PATH where there is a home", |value| {
