@@ -87,7 +87,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const CHUNK_SIZE: usize = 8 << 10;
 /// A user's token has this length at least, and a method, which is logged, less.
 const TOKEN_LENGTH: usize = 16;
-/// In the log, of a request's path, and of a header's value.
+/// In the log, of a request's path, of a header's value, and of an upstream's request id.
 const TEXT_SHOWN: usize = 200;
 /// A request body; both vendors refuse larger ones themselves.
 const BODY_SIZE: u64 = 64 << 20;
@@ -2650,6 +2650,7 @@ impl Exchange {
         );
         if let Some(id) = report.request_id.as_ref().filter(|_| status >= 400) {
             let id = id.to_str().unwrap_or_default();
+            let id = id.get(..TEXT_SHOWN).unwrap_or(id);
             line += &format!(" request-id={}", id.replace([' ', '"', '\t'], "?"));
         }
         if let Some(why) = ended {

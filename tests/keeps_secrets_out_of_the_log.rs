@@ -253,7 +253,7 @@ fn one_line_for_each_request() {
 #[test]
 fn a_clients_text_cannot_break_a_line() {
     let up = Upstream::start(|_, conn| {
-        let id = "a\" status=1 b\tc";
+        let id = &format!("a\" status=1 b\tc{}", "d".repeat(3000));
         conn.respond(
             500,
             &[("request-id", id), ("x-name", "caf\u{e9} \u{202e}")],
@@ -300,6 +300,7 @@ fn a_clients_text_cannot_break_a_line() {
         .nth(1)
         .and_then(|rest| rest.split(' ').next());
     assert!(path.is_some_and(|path| path.len() == 200), "{line}");
+    assert!(line.len() < 1000, "{line}");
 }
 
 #[test]
