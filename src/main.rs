@@ -1214,8 +1214,9 @@ impl Credential {
         let request = self.agent.post(url).content_type("application/json");
         let mut answer = request.send(form.to_string()).map_err(|e| passing(&e))?;
         let (status, wait) = (answer.status().as_u16(), retry_after(answer.headers()));
-        let body = answer.body_mut().with_config().limit(TOKEN_SIZE);
-        let text = body.read_to_vec().unwrap_or_default();
+        let mut text = Vec::new(); // of an answer that breaks off, too: its JSON may be whole
+        let mut body = answer.body_mut().as_reader().take(TOKEN_SIZE);
+        let _ = body.read_to_end(&mut text);
         if !answer.status().is_success() {
             let json: Value = serde_json::from_slice(&text).unwrap_or_default();
             let word = error_word(&json);
@@ -1422,7 +1423,7 @@ fn secret_in(value: &Value) -> Option<Secret> {
 /// The `error` word of a token endpoint's answer (RFC 6749 section 5.2; OpenAI nests it), or ""
 /// if it is nothing that looks like one.
 fn error_word(json: &Value) -> &str {
-    let error = json.get("error").unwrap_or(json);
+    let error = &json["error"];
     let words = [&error["code"], &error["type"], error];
     let word = words.into_iter().find_map(Value::as_str);
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';

@@ -57,7 +57,7 @@ fn misbehave(way: &str, conn: &mut Conn) -> io::Result<()> {
         }
         "broken off" => {
             conn.head(200, &[("content-length", "1000")])?;
-            conn.wire.send(b"{\"access_token\":\"abc\"}")?;
+            conn.wire.send(b"{\"access_token\":\"abc\",")?;
             conn.cut()
         }
         "garbage" => {
@@ -172,7 +172,33 @@ fn each_costs_no_login_and_heals() {
     });
 }
 
-/// A new token that is said to have expired already is used, and not refreshed over and over.
+/// The tokens are all there, and the old one is spent: an answer may break off behind them.
+#[test]
+fn an_answer_whose_end_is_missing_costs_no_login() {
+    at_once(
+        [("claude", true), ("chatgpt", false)],
+        |(provider, sized)| {
+            let up = Upstream::plain();
+            let shared = up.shared.clone();
+            up.on_refresh(move |request, conn| {
+                let answer = shared.vendors.renew(request, 3600).expect("a new login");
+                if sized {
+                    conn.head(200, &[("content-length", "10000")])?;
+                    conn.wire.send(answer.to_string().as_bytes())?;
+                } else {
+                    conn.stream(&[])?;
+                    conn.chunk(answer.to_string())?;
+                }
+                conn.cut().map(|()| true)
+            });
+            let expired = up.login(provider, -10).file(provider);
+            let mux = Setup::new(&up).save(provider, &expired).start();
+            assert_eq!(ask(&mux, provider).text(), "fine");
+            assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+        },
+    );
+}
+
 /// The refresh token is spent by then: what nobody needs of the answer must not cost what it brings.
 #[test]
 fn what_is_odd_beside_the_tokens_costs_no_login() {
@@ -198,6 +224,7 @@ fn what_is_odd_beside_the_tokens_costs_no_login() {
     });
 }
 
+/// A new token that is said to have expired already is used, and not refreshed over and over.
 #[test]
 fn an_expiry_in_the_past_starts_no_storm() {
     let cases = [
