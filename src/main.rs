@@ -100,8 +100,7 @@ const BODY_RATE: u32 = 1 << 10;
 /// may one silence in a request's body.
 const PIECE_SIZE: usize = 16 << 10;
 const PIECE_TIME: Duration = Duration::from_secs(30);
-/// How much of an unread body is drained after a reply, so that the client gets to read that.
-const LINGER_SIZE: usize = 1 << 20;
+/// How long an unread body is drained after a reply, so that the client gets to read that.
 const LINGER_TIME: Duration = Duration::from_secs(2);
 /// For tiny_http to hand out what it is sent at start.
 const PICKUP_TIME: Duration = Duration::from_secs(5);
@@ -364,9 +363,9 @@ impl Gate {
                 if self.listener.take().is_some() {
                     info!("stopping, once running requests and refreshes have ended");
                     end = Some(Instant::now() + STOP_TIME);
-                    self.connections.retain(|s| s.draining.is_some());
+                    self.connections.retain(|s| s.draining);
                 }
-                for stream in self.connections.iter_mut().filter(|s| s.draining.is_none()) {
+                for stream in self.connections.iter_mut().filter(|s| !s.draining) {
                     stream.half_close();
                 }
             }
@@ -1899,8 +1898,8 @@ struct Stream {
     partial: bool,
     /// In the gate: it is to be read, as its socket tells, or as the socket may not tell.
     recheck: bool,
-    /// After its last answer, how much of what it still sends is taken.
-    draining: Option<usize>,
+    /// After its last answer: what still comes is dropped.
+    draining: bool,
 }
 
 impl Read for Stream {
@@ -1937,7 +1936,7 @@ impl Stream {
             buffered: Vec::new(),
             partial: false,
             recheck: true,
-            draining: None,
+            draining: false,
         };
         stream.enter_gate()
     }
@@ -1960,9 +1959,9 @@ impl Stream {
     fn allowance(&self) -> Duration {
         let begun = self.partial || !self.buffered.is_empty();
         match self.draining {
-            Some(_) => LINGER_TIME,
-            None if begun || self.is_handshaking() => HEAD_TIME,
-            None => IDLE_TIME,
+            true => LINGER_TIME,
+            false if begun || self.is_handshaking() => HEAD_TIME,
+            false => IDLE_TIME,
         }
     }
 
@@ -2002,9 +2001,7 @@ impl Stream {
         self.recheck = false;
         for _ in 0..2 {
             let phase = (self.is_handshaking(), self.allowance());
-            if let Some(left) = &mut self.draining {
-                let rest = left.checked_sub(self.buffered.len());
-                *left = rest.ok_or_else(|| broken("it sends on and on"))?;
+            if self.draining {
                 self.buffered.clear();
             } else if let Some(head) = Head::take(&mut self.buffered)? {
                 return Ok(Some(head));
@@ -2045,7 +2042,7 @@ impl Stream {
             while tls.wants_write() && tls.write_tls(&mut self.socket).is_ok() {}
         }
         let _ = self.socket.tcp.shutdown(Shutdown::Write);
-        self.draining = Some(LINGER_SIZE);
+        self.draining = true;
         self.socket.deadline = Instant::now() + self.allowance();
     }
 }

@@ -134,6 +134,20 @@ fn a_token_file_is_read_and_trimmed() {
     mux.wait_log("user=bob ");
 }
 
+/// A client that reads only once it has sent its whole body hears why, too, and not of a reset.
+#[test]
+fn a_refused_client_with_a_large_body_hears_why() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    at_once(0..4, |_| {
+        let body = vec![b'x'; 16 << 20];
+        let mut client = mux.client();
+        let answer = client.request("POST", MESSAGES, &[], &body).answer();
+        assert_eq!(answer.status, 401);
+        assert!(client.closed());
+    });
+}
+
 #[test]
 fn without_users_everyone_is_admitted_but_a_web_page() {
     let up = Upstream::plain();
