@@ -2084,7 +2084,7 @@ impl Read for Exchange {
             Ok(count) => return Ok(count),
             Err(e) => match e.kind() {
                 ErrorKind::TimedOut => Reply::new(408, "the body came too slowly"),
-                ErrorKind::InvalidData => malformed(&e.to_string()),
+                ErrorKind::InvalidData | ErrorKind::UnexpectedEof => malformed(&e.to_string()),
                 _ => broken("the client went away while it sent the body"),
             },
         };

@@ -316,6 +316,28 @@ fn down_however_it_is_framed() {
     }
 }
 
+/// Its end may be seen without the client having gone: it hears what is wrong.
+#[test]
+fn a_body_that_ends_too_early_is_malformed() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let sized = [BEARER, ("content-length", "5")];
+    let chunked = [BEARER, ("transfer-encoding", "chunked")];
+    for (headers, part) in [
+        (sized, "abc"),
+        (chunked, "5\r\nabc"),
+        (chunked, "3\r\nabc\r\n"),
+    ] {
+        let mut client = mux.client();
+        client.start("POST", MESSAGES, &headers).send(part);
+        client.wire.end_sending();
+        let answer = client.answer();
+        assert_eq!(answer.status, 400, "{part}");
+        answer.error();
+    }
+    assert_eq!(up.requests().len(), 0);
+}
+
 /// The time for an answer begins when the whole request is there.
 #[test]
 fn an_upload_may_take_longer_than_the_request_timeout() {
