@@ -202,9 +202,7 @@ fn serve(config: Config) -> Result<(), String> {
     let served = gate.run();
     // What a keeper or a request that is cut short has begun is not lost.
     let credentials = gate.proxy.upstreams.iter().map(|u| &u.credential);
-    for credential in credentials.clone() {
-        lock(&credential.state).stopping = true;
-    }
+    (credentials.clone()).for_each(|credential| lock(&credential.state).stopping = true);
     debug!("no refresh begins any more");
     for credential in credentials {
         let _ = catch_unwind(AssertUnwindSafe(|| credential.finish()));
@@ -391,7 +389,7 @@ impl Gate {
     /// Waits until something happens or is due, `until` at the latest: whether a client can be
     /// accepted. A connection that can be read is due then.
     fn wait(&mut self, until: Instant) -> io::Result<bool> {
-        let waiting = self.queue.first().map(|exchange| exchange.stream.due());
+        let waiting = self.queue.first().map(|exchange| exchange.due);
         let dues = self.connections.iter().map(Stream::due).chain(waiting);
         let time = left_until(dues.fold(until, Instant::min)).try_into().ok();
 
@@ -445,12 +443,11 @@ impl Gate {
             Err(end) if end.status == 0 => return debug!("peer={peer} closed: {}", end.message),
             Err(reply) => (Head::default(), Err(reply)),
         };
-        let mut exchange = Exchange::new(stream, head);
+        let mut exchange = Exchange::new(stream, head, self.proxy.config.request_timeout);
         let screened = read.and_then(|()| self.proxy.screen(&mut exchange));
         if screened.is_err() {
             return self.connections.extend(exchange.conclude(screened));
         }
-        exchange.stream.socket.deadline = Instant::now() + self.proxy.config.request_timeout;
         self.queue.push(exchange);
     }
 
@@ -482,7 +479,7 @@ impl Gate {
         lock(&self.proxy.parked).extend(self.queue.drain(..count));
         self.busy += count;
         self.inner.write_all(&TICKET.repeat(count))?;
-        for exchange in self.queue.extract_if(.., |e| e.stream.is_due()) {
+        for exchange in self.queue.extract_if(.., |e| left_until(e.due).is_zero()) {
             let busy = Reply::new(503, "no worker is free; wait, or raise `workers`");
             let busy = busy.retry_after(Duration::from_secs(1));
             self.connections.extend(exchange.conclude(Err(busy)));
@@ -785,6 +782,10 @@ struct Exchange {
     /// Why reading the body failed: ureq shows only an error of its own.
     fault: Option<Reply>,
     started: Instant,
+    /// What is left of `request_timeout` once a worker has it, and until when the head of the answer
+    /// must have come: both count from the request's last byte.
+    timeout: Duration,
+    due: Instant,
     report: Report,
 }
 
@@ -801,7 +802,7 @@ struct Report {
 }
 
 impl Exchange {
-    fn new(stream: Stream, head: Head) -> Exchange {
+    fn new(stream: Stream, head: Head, timeout: Duration) -> Exchange {
         Exchange {
             started: stream.socket.deadline - HEAD_TIME, // with the first byte of its head
             stream,
@@ -809,6 +810,8 @@ impl Exchange {
             held: Cursor::default(),
             patience: BODY_GRACE,
             fault: None,
+            timeout,
+            due: Instant::now() + timeout,
             report: Report::default(),
         }
     }
@@ -878,6 +881,7 @@ impl Proxy {
     /// What a worker does for a request that has passed the gate.
     fn handle(&self, exchange: &mut Exchange) -> Outcome {
         let (upstream, url) = self.route(&exchange.head.target)?;
+        exchange.timeout = left_until(exchange.due);
         upstream.credential.token()?; // before the body, which may take minutes, and after it
         exchange.hold()?;
         let token = upstream.credential.token()?;
@@ -889,6 +893,7 @@ impl Proxy {
             && whole
         {
             exchange.held.set_position(0);
+            exchange.due = Instant::now() + exchange.timeout;
             answer = upstream.send(&url, &newer, exchange)?;
         }
         exchange.held = Cursor::default();
@@ -939,13 +944,10 @@ impl Proxy {
 
     /// Which providers can serve, and nothing secret: JSON.
     fn health(&self) -> String {
-        let mut health = json!({ "status": "ok", "providers": {} });
-        for upstream in &self.upstreams {
-            let ready = upstream.credential.is_ready();
-            let state = if ready { "ready" } else { "unavailable" };
-            health["providers"][upstream.provider.name] = state.into();
-        }
-        health.to_string()
+        let state = |ready| if ready { "ready" } else { "unavailable" };
+        let state = |u: &Upstream| (u.provider.name, state(u.credential.is_ready()));
+        let states: BTreeMap<_, _> = self.upstreams.iter().map(state).collect();
+        json!({ "status": "ok", "providers": states }).to_string()
     }
 }
 
@@ -1587,11 +1589,9 @@ impl Upstream {
             .timeout_resolve(time)
             .timeout_connect(time)
             .timeout_per_write(time)
-            .timeout_recv_response(time)
-            .timeout_recv_body(Some(FOREVER)) // so that `SilenceLimit` knows a body
             .max_idle_connections(UPSTREAMS_KEPT)
             .max_idle_connections_per_host(UPSTREAMS_KEPT);
-        let connector = DefaultConnector::new().chain(SilenceLimit(()));
+        let connector = DefaultConnector::new().chain(Deadline(()));
         Ok(Upstream {
             provider,
             agent: ureq::Agent::with_parts(requests.build(), connector, Lookup::default()),
@@ -1656,6 +1656,7 @@ impl Upstream {
     /// Asks upstream.
     fn send(&self, url: &str, token: &Token, exchange: &mut Exchange) -> Result<Answer, Reply> {
         let request = self.outgoing(url, token, &exchange.head)?;
+        WAIT_END.set(exchange.due);
         let answer = if request.headers().keys().any(is_framing) {
             let body = SendBody::from_reader(exchange);
             self.agent.run(request.map(|()| body))
@@ -1667,7 +1668,7 @@ impl Upstream {
                 ureq::Error::Timeout(_) => (504, "did not answer within request_timeout".into()),
                 e => (502, format!("cannot be reached, or broke off: {e}")),
             };
-            let reply = Reply::new(status, format!("{} {why}", self.provider.name));
+            let reply = Reply::new(status, format!("{} {why}; try again", self.provider.name));
             exchange.fault.take().unwrap_or(reply)
         })
     }
@@ -1764,35 +1765,32 @@ impl Resolver for Lookup {
 }
 
 thread_local! {
-    /// Until when this worker waits for more of an answer's body.
-    static SILENCE_END: Cell<Option<Instant>> = const { Cell::new(None) };
+    /// Until when this worker waits for what upstream is to send next.
+    static WAIT_END: Cell<Instant> = Cell::new(Instant::now());
 }
 
-/// A transport of ureq's that waits for a body until `SILENCE_END`, and is open only if nothing is
-/// left to read; as `SilenceLimit<()>` it makes such a one of any. ureq's own limit for a read would
-/// cut a head, a handshake and a proxy's tunnel as well, and begins anew with each byte between chunks.
+/// A transport of ureq's that waits until `WAIT_END`, and is open only if nothing is left to read; as
+/// `Deadline<()>` it makes such a one of any. ureq's own limits know no silence in a body alone, and
+/// begin anew with each phase of a request.
 #[derive(Debug)]
-struct SilenceLimit<T>(T);
+struct Deadline<T>(T);
 
-type Made<T> = Result<Option<SilenceLimit<T>>, ureq::Error>;
+type Made<T> = Result<Option<Deadline<T>>, ureq::Error>;
 
-impl<T: Transport> Connector<T> for SilenceLimit<()> {
-    type Out = SilenceLimit<T>;
+impl<T: Transport> Connector<T> for Deadline<()> {
+    type Out = Deadline<T>;
 
     fn connect(&self, _: &ConnectionDetails, made: Option<T>) -> Made<T> {
-        Ok(made.map(SilenceLimit))
+        Ok(made.map(Deadline))
     }
 }
 
-impl<T: Transport> Transport for SilenceLimit<T> {
-    fn await_input(&mut self, mut time: NextTimeout) -> Result<bool, ureq::Error> {
-        if time.reason == ureq::Timeout::RecvBody {
-            // In tenths: the same each time, as a rule, so that the socket need not be told anew.
-            let left = |end| left_until(end).as_micros().next_multiple_of(100_000) as u64;
-            let end = SILENCE_END.get();
-            time.per_read = end.map(|end| Duration::from_micros(left(end)).into());
-        }
-        self.0.await_input(time)
+impl<T: Transport> Transport for Deadline<T> {
+    fn await_input(&mut self, time: NextTimeout) -> Result<bool, ureq::Error> {
+        // In tenths: the same each time, as a rule, so that the socket need not be told anew.
+        let left = left_until(WAIT_END.get()).as_micros();
+        let after = Duration::from_micros(left.next_multiple_of(100_000) as u64).into();
+        self.0.await_input(NextTimeout { after, ..time })
     }
 
     fn buffers(&mut self) -> &mut dyn Buffers {
@@ -2061,7 +2059,8 @@ impl Exchange {
     }
 
     fn read_body(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        if std::mem::take(&mut self.head.expect) && !self.head.body.is_done() {
+        let open = !self.head.body.is_done();
+        if std::mem::take(&mut self.head.expect) && open {
             self.stream.write_piece(b"HTTP/1.1 100 Continue\r\n\r\n")?;
         }
         let began = Instant::now();
@@ -2069,6 +2068,10 @@ impl Exchange {
         let count = self.head.body.read(&mut self.stream, out)?;
         let earned = Duration::from_secs(count as u64) / BODY_RATE;
         self.patience = (self.patience + earned).saturating_sub(began.elapsed());
+        if open && self.head.body.is_done() {
+            self.due = Instant::now() + self.timeout;
+            WAIT_END.set(self.due);
+        }
         Ok(count)
     }
 }
@@ -2180,6 +2183,10 @@ fn chunk_line(source: &mut impl BufRead) -> io::Result<String> {
 /// Passes the answer down as it comes: each piece is written at once.
 fn relay(answer: Answer, exchange: &mut Exchange, silence: Duration) -> Outcome {
     let gone = |e| broken(format!("the client went away, or took nothing: {e}"));
+    let broke = |e| match ureq::Error::from(e) {
+        ureq::Error::Timeout(_) => broken("upstream was silent for stream_idle_timeout"),
+        e => broken(format!("upstream broke off: {e}")),
+    };
     let (parts, body) = answer.into_parts();
     let peer = exchange.stream.peer;
     debug!("peer={peer} answer: {}", shown(&parts.headers, |_| false));
@@ -2195,8 +2202,8 @@ fn relay(answer: Answer, exchange: &mut Exchange, silence: Duration) -> Outcome 
     let mut piece = vec![0; 2048]; // enough for most events; a large answer makes it grow
     let mut reader = body.into_reader();
     loop {
-        SILENCE_END.set(Some(Instant::now() + silence));
-        let count = reader.read(&mut piece).map_err(broken_off)?;
+        WAIT_END.set(Instant::now() + silence);
+        let count = reader.read(&mut piece).map_err(broke)?;
         let size = format!("{count:x}\r\n");
         let framed: &[u8] = match chunked {
             true => &[size.as_bytes(), &piece[..count], b"\r\n"].concat(), // it is one write
@@ -2210,13 +2217,6 @@ fn relay(answer: Answer, exchange: &mut Exchange, silence: Duration) -> Outcome 
         if count == 0 {
             return Ok(()); // and the chunk of no bytes was the last
         }
-    }
-}
-
-fn broken_off(e: io::Error) -> Reply {
-    match ureq::Error::from(e) {
-        ureq::Error::Timeout(_) => broken("upstream was silent for stream_idle_timeout"),
-        e => broken(format!("upstream broke off: {e}")),
     }
 }
 

@@ -6,6 +6,7 @@ use common::*;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::thread;
+use std::time::Duration;
 use std::time::Instant;
 
 /// Sends `piece` until the other side has had enough; true if it has.
@@ -349,6 +350,44 @@ fn an_end_of_tls_behind_an_answer_costs_no_request() {
     for _ in 0..3 {
         assert_eq!(mux.message().status, 200);
     }
+}
+
+/// Over TLS as well: bytes of a record that is never whole are no answer.
+#[test]
+fn a_record_that_drips_is_silence() {
+    let authority = Authority::new();
+    let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
+    let addr = listener.local_addr().expect("an address");
+    let server = authority.clone();
+    thread::spawn(move || -> io::Result<()> {
+        let (mut socket, _) = listener.accept()?;
+        let mut tls = server.server();
+        let mut asked = [0; 4096];
+        while !asked.windows(2).any(|two| two == b"{}") {
+            let _ = rustls::Stream::new(&mut tls, &mut socket).read(&mut asked)?;
+        }
+        let head = b"HTTP/1.1 200 OK\r\ncontent-length: 400\r\n\r\n";
+        rustls::Stream::new(&mut tls, &mut socket).write_all(head)?;
+        tls.writer().write_all(&[b'x'; 400])?;
+        let mut record = Vec::new();
+        tls.write_tls(&mut record)?;
+        for byte in &record[..100] {
+            thread::sleep(Duration::from_millis(100));
+            socket.write_all(&[*byte])?;
+        }
+        Ok(())
+    });
+    let up = Upstream::plain();
+    let setup = Setup::new(&up);
+    let roots = setup.write("roots.pem", &authority.cert_pem);
+    let setup = setup.provider(0, "base_url", format!("https://{addr}"));
+    let setup = setup.set("stream_idle_timeout", "1s");
+    let mux = setup.env("SSL_CERT_FILE", roots).start();
+    let mut client = mux.client();
+    client.request("POST", MESSAGES, &[BEARER], b"{}");
+    assert_eq!(client.head().word(1), "200");
+    client.body().expect_err("a body that is cut");
+    mux.wait_log("silent for stream_idle_timeout");
 }
 
 /// One that takes its logins from a vendor, and Claude's answers from what listens there.
