@@ -333,7 +333,8 @@ impl Gate {
         let (mut end, mut chores_at, mut warned) = (None, Instant::now(), false);
         while end.is_none_or(|end| self.count() > 0 && !left_until(end).is_zero()) {
             let waited = self.wait(end.map_or(chores_at, |end| chores_at.min(end)));
-            let due: Vec<_> = self.connections.extract_if(.., |s| s.is_due()).collect();
+            let is_due = |stream: &mut Stream| left_until(stream.due()).is_zero();
+            let due: Vec<_> = self.connections.extract_if(.., is_due).collect();
             for stream in due {
                 // A panic would cost this connection, and no other.
                 let _ = catch_unwind(AssertUnwindSafe(|| self.read_on(stream)));
@@ -368,13 +369,9 @@ impl Gate {
                 }
             }
         }
-        for exchange in self.queue.drain(..) {
-            let stopped = Reply::new(
-                503,
-                "ai-mux was stopped before a worker was free; try again",
-            );
-            exchange.conclude(Err(stopped.retry_after(Duration::from_secs(1))));
-        }
+        // Those that no worker could be had for.
+        self.queue.iter_mut().for_each(|e| e.due = Instant::now());
+        let _ = self.dispatch();
         if self.busy > 0 {
             warn!("{} requests still ran and are cut short", self.busy);
         }
@@ -1075,7 +1072,6 @@ impl Credential {
         let mut state = self.reload(false);
         if let Some(old) = state.due(TOKEN_MARGIN, None).cloned() {
             drop(state);
-            self.turn.clear_poison(); // as `lock` takes it
             let turn = self.turn.try_lock().ok();
             if turn.is_none() && old.lasts(Duration::ZERO) {
                 return Ok(old);
@@ -1742,14 +1738,13 @@ fn is_loopback(uri: &http::Uri) -> bool {
 /// Looks a name up for ureq, which asks before each request, even for a kept connection. What is
 /// known is good for `LOOKUP_AGE`, and for longer while no name server answers.
 #[derive(Debug, Default)]
-struct Lookup(Mutex<BTreeMap<Option<String>, (Instant, ResolvedSocketAddrs)>>);
+struct Lookup(Mutex<BTreeMap<String, (Instant, ResolvedSocketAddrs)>>);
 
 type Found = Result<ResolvedSocketAddrs, ureq::Error>;
 
 impl Resolver for Lookup {
     fn resolve(&self, uri: &http::Uri, config: &ureq::config::Config, time: NextTimeout) -> Found {
-        let name = uri.scheme().zip(uri.authority());
-        let name = name.and_then(|(s, a)| DefaultResolver::host_and_port(s, a));
+        let name = format!("{:?} {:?}", uri.scheme(), uri.authority());
         let known = lock(&self.0).get(&name).cloned();
         if let Some((until, addresses)) = &known
             && !left_until(*until).is_zero()
@@ -1967,10 +1962,6 @@ impl Stream {
     fn due(&self) -> Instant {
         let now = self.recheck.then(Instant::now);
         now.unwrap_or(self.socket.deadline)
-    }
-
-    fn is_due(&self) -> bool {
-        left_until(self.due()).is_zero()
     }
 
     /// Takes in what has come, behind what was read ahead.

@@ -60,7 +60,7 @@ fn a_stream_that_takes_too_long_is_broken_off() {
     assert!(client.piece().is_err(), "an end that is no end");
     let answer = waiting.answer();
     assert_eq!((answer.status, up.requests().len()), (503, 1));
-    assert!(answer.error().contains("stopped"));
+    assert!(answer.error().contains("worker"));
     assert_eq!(mux.log_lines("status=503").len(), 1);
     go.advance();
 }
