@@ -33,6 +33,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ("listen: 8080", &["listen"]),
     ("listen: localhost", &["listen", "localhost"]),
     ("listen: ':99999'", &["listen", "99999"]),
+    ("listen: ':+80'", &["listen", "+80"]),
     ("listen: ':http'", &["listen", "http"]),
     ("listen: ''", &["listen"]),
     ("listen: 'http://127.0.0.1:80'", &["listen", "HOST:PORT"]),
@@ -147,7 +148,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ),
     (
         "users: [{name: alice, token_file: /nowhere/at/all}]",
-        &["users", "token_file", "/nowhere/at/all"],
+        &["users", "alice", "token_file", "/nowhere/at/all"],
     ),
     (
         "users: [{name: alice, token: Sk4rTz9wQp2mVx7n}, {name: alice, token: Jd8fHs6gBc5yLq3w}]",
@@ -155,7 +156,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ),
     (
         "users: [{name: alice, token: Sk4rTz9wQp2mVx7n}, {name: bob, token: Sk4rTz9wQp2mVx7n}]",
-        &["users", "token"],
+        &["users", "token", "expected once"],
     ),
     (
         "users: [{name: '', token: Sk4rTz9wQp2mVx7n}]",

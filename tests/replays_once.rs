@@ -47,6 +47,22 @@ fn with_the_same_body_and_a_new_token() {
     assert_eq!(up.refreshes().len(), 2);
 }
 
+/// The answer that the client gets has `request_timeout`, however long the login took meanwhile.
+#[test]
+fn with_a_time_of_its_own() {
+    let up = Upstream::plain();
+    up.on_refresh(|_, _| {
+        std::thread::sleep(std::time::Duration::from_millis(1500));
+        Ok(false)
+    });
+    let login = up.login("claude", 3600);
+    up.revoke(&login.access);
+    let setup = Setup::new(&up).save("claude", &login.claude());
+    let mux = setup.set("request_timeout", "1s").start();
+    assert_eq!(mux.message().status, 200);
+    assert_eq!((up.requests().len(), up.refreshes().len()), (2, 1));
+}
+
 #[test]
 fn with_the_token_on_disk_if_that_is_newer() {
     let (tokens, newer, refreshes) = replaced_meanwhile(3600);
