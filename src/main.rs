@@ -1279,13 +1279,12 @@ impl Credential {
             |e| format!("{name} cannot be replaced: {e}; its folder must be writable, with room");
         let target = self.path.canonicalize().map_err(failed)?;
         let new = PathBuf::from([target.as_os_str(), "ai-mux-new".as_ref()].join(".".as_ref()));
-        let _ = fs::remove_file(&new); // left behind by kill -9
         // A file that is mounted by itself cannot be linked to, nor replaced (link(2), EXDEV).
         let crosses = |e: io::Error| e.kind() == ErrorKind::CrossesDevices;
         if read.is_none() && fs::hard_link(&target, &new).is_err_and(crosses) {
             return Err(format!("{name} is a mount by itself; mount its folder"));
         }
-        let _ = fs::remove_file(&new);
+        let _ = fs::remove_file(&new); // that, or one left behind by kill -9
         let done = write_new(&new, text).and_then(|()| match read {
             None => Ok(()),
             Some(read) if stamp(&target) == Some(read) => {

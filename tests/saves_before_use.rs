@@ -307,6 +307,30 @@ fn a_token_that_was_replaced_just_before_is_not_spent() {
     assert_eq!(up.refreshes().len(), 0);
 }
 
+/// Another tool's login that comes just when the file is to be replaced is not overwritten.
+#[test]
+fn a_login_that_comes_in_the_moment_of_saving_stays() {
+    let up = Upstream::plain();
+    let setup = Setup::bare(&up).save("claude", &up.login("claude", -10).claude());
+    let options = "-o /dev/null -e trace=fsync -e inject=fsync:delay_enter=2000000:when=2";
+    let Some(script) = setup::under_strace(options) else {
+        return say("SKIPPED: no strace");
+    };
+    let path = login::path(&setup.state(), "claude");
+    let folder = path.parent().expect("a folder").to_owned();
+    let mut mux = setup.shell(&script).start();
+    up.wait(1, Request::is_refresh);
+    wait_until("it is written", || {
+        fs::read_dir(&folder).expect("a folder").count() > 1
+    });
+    let newer = up.login("claude", 3600);
+    login::save(&mux.state(), "claude", &newer.claude());
+    assert_eq!(mux.message().status, 200);
+    assert_eq!(up.requests()[0].bearer(), newer.access);
+    assert_eq!(mux.stop(), 0); // which waits for the saving
+    assert_eq!(login::read(&mux.state(), "claude"), newer.claude());
+}
+
 /// A change of the file's mode, say, just when it is to be replaced: the next try is at once.
 #[test]
 fn a_touch_in_the_moment_of_saving_delays_nothing() {
