@@ -370,7 +370,8 @@ impl Gate {
             }
         }
         // Those that no worker could be had for.
-        self.queue.iter_mut().for_each(|e| e.due = Instant::now());
+        let late = |exchange: &mut Exchange| exchange.stream.socket.deadline = Instant::now();
+        self.queue.iter_mut().for_each(late);
         let _ = self.dispatch();
         if self.busy > 0 {
             warn!("{} requests still ran and are cut short", self.busy);
@@ -386,7 +387,7 @@ impl Gate {
     /// Waits until something happens or is due, `until` at the latest: whether a client can be
     /// accepted. A connection that can be read is due then.
     fn wait(&mut self, until: Instant) -> io::Result<bool> {
-        let waiting = self.queue.first().map(|exchange| exchange.due);
+        let waiting = self.queue.first().map(|e| e.stream.socket.deadline);
         let dues = self.connections.iter().map(Stream::due).chain(waiting);
         let time = left_until(dues.fold(until, Instant::min)).try_into().ok();
 
@@ -440,11 +441,12 @@ impl Gate {
             Err(end) if end.status == 0 => return debug!("peer={peer} closed: {}", end.message),
             Err(reply) => (Head::default(), Err(reply)),
         };
-        let mut exchange = Exchange::new(stream, head, self.proxy.config.request_timeout);
+        let mut exchange = Exchange::new(stream, head);
         let screened = read.and_then(|()| self.proxy.screen(&mut exchange));
         if screened.is_err() {
             return self.connections.extend(exchange.conclude(screened));
         }
+        exchange.stream.socket.deadline = Instant::now() + self.proxy.config.request_timeout;
         self.queue.push(exchange);
     }
 
@@ -476,7 +478,8 @@ impl Gate {
         lock(&self.proxy.parked).extend(self.queue.drain(..count));
         self.busy += count;
         self.inner.write_all(&TICKET.repeat(count))?;
-        for exchange in self.queue.extract_if(.., |e| left_until(e.due).is_zero()) {
+        let late = |e: &mut Exchange| left_until(e.stream.socket.deadline).is_zero();
+        for exchange in self.queue.extract_if(.., late) {
             let busy = Reply::new(503, "no worker is free; wait, or raise `workers`");
             let busy = busy.retry_after(Duration::from_secs(1));
             self.connections.extend(exchange.conclude(Err(busy)));
@@ -779,10 +782,8 @@ struct Exchange {
     /// Why reading the body failed: ureq shows only an error of its own.
     fault: Option<Reply>,
     started: Instant,
-    /// What is left of `request_timeout` once a worker has it, and until when the head of the answer
-    /// must have come: both count from the request's last byte.
+    /// What is left of `request_timeout` once a worker has it.
     timeout: Duration,
-    due: Instant,
     report: Report,
 }
 
@@ -799,7 +800,7 @@ struct Report {
 }
 
 impl Exchange {
-    fn new(stream: Stream, head: Head, timeout: Duration) -> Exchange {
+    fn new(stream: Stream, head: Head) -> Exchange {
         Exchange {
             started: stream.socket.deadline - HEAD_TIME, // with the first byte of its head
             stream,
@@ -807,8 +808,7 @@ impl Exchange {
             held: Cursor::default(),
             patience: BODY_GRACE,
             fault: None,
-            timeout,
-            due: Instant::now() + timeout,
+            timeout: Duration::ZERO,
             report: Report::default(),
         }
     }
@@ -878,7 +878,7 @@ impl Proxy {
     /// What a worker does for a request that has passed the gate.
     fn handle(&self, exchange: &mut Exchange) -> Outcome {
         let (upstream, url) = self.route(&exchange.head.target)?;
-        exchange.timeout = left_until(exchange.due);
+        exchange.timeout = left_until(exchange.stream.socket.deadline);
         upstream.credential.token()?; // before the body, which may take minutes, and after it
         exchange.hold()?;
         let token = upstream.credential.token()?;
@@ -890,7 +890,6 @@ impl Proxy {
             && whole
         {
             exchange.held.set_position(0);
-            exchange.due = Instant::now() + exchange.timeout;
             answer = upstream.send(&url, &newer, exchange)?;
         }
         exchange.held = Cursor::default();
@@ -1181,6 +1180,14 @@ impl Credential {
         if lock(&self.state).unsaved.is_some() {
             return Err(passing("the last one is not on disk yet".into()));
         }
+        // Another ai-mux may have a link to it, in a state_dir of its own.
+        let claim = File::open(&self.path).ok();
+        let claimed = claim.as_ref().map(File::try_lock);
+        if matches!(claimed, Some(Err(fs::TryLockError::WouldBlock))) {
+            return Err(passing(
+                "another program has a lock on it; stop that".into(),
+            ));
+        }
         let room = fs::metadata(&self.path).map_or(0, |meta| meta.len()) + TOKEN_SIZE;
         let rehearsed = self.replace(&" ".repeat(room as usize), None);
         rehearsed.map_err(passing)?;
@@ -1278,21 +1285,29 @@ impl Credential {
         let failed =
             |e| format!("{name} cannot be replaced: {e}; its folder must be writable, with room");
         let target = self.path.canonicalize().map_err(failed)?;
-        let new = PathBuf::from([target.as_os_str(), "ai-mux-new".as_ref()].join(".".as_ref()));
+        // A rehearsal's has a name of its own: nobody may ever put it in place.
+        let end = read.map_or("ai-mux-try", |_| "ai-mux-new");
+        let new = PathBuf::from([target.as_os_str(), end.as_ref()].join(".".as_ref()));
         // A file that is mounted by itself cannot be linked to, nor replaced (link(2), EXDEV).
         let crosses = |e: io::Error| e.kind() == ErrorKind::CrossesDevices;
         if read.is_none() && fs::hard_link(&target, &new).is_err_and(crosses) {
             return Err(format!("{name} is a mount by itself; mount its folder"));
         }
         let _ = fs::remove_file(&new); // that, or one left behind by kill -9
-        let done = write_new(&new, text).and_then(|()| match read {
-            None => Ok(()),
-            Some(read) if stamp(&target) == Some(read) => {
-                fs::rename(&new, &target)?;
-                File::open(target.parent().unwrap_or(Path::new("/")))?.sync_all()
+        let put = || {
+            let mut options = File::options();
+            options.write(true).create_new(true).mode(0o600);
+            let mut file = options.open(&new)?;
+            file.write_all(text.as_bytes())?;
+            file.sync_all()?;
+            match read {
+                None => return Ok(()),
+                Some(read) if stamp(&target) == Some(read) => fs::rename(&new, &target)?,
+                Some(_) => return Err(io::Error::other("another program has changed it")),
             }
-            Some(_) => Err(io::Error::other("another program has changed it")),
-        });
+            File::open(target.parent().unwrap_or(Path::new("/")))?.sync_all()
+        };
+        let done = put();
         let _ = fs::remove_file(&new); // none, once it is in place
         done.map_err(failed)
     }
@@ -1403,15 +1418,6 @@ impl Credential {
     }
 }
 
-/// Writes a file that is not there yet, for nobody else to read.
-fn write_new(path: &Path, text: &str) -> io::Result<()> {
-    let mut options = File::options();
-    options.write(true).create_new(true).mode(0o600);
-    let mut file = options.open(path)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()
-}
-
 fn secret_in(value: &Value) -> Option<Secret> {
     Secret::new(value.as_str()?)
 }
@@ -1420,7 +1426,7 @@ fn secret_in(value: &Value) -> Option<Secret> {
 /// if it is nothing that looks like one.
 fn error_word(json: &Value) -> &str {
     let error = &json["error"];
-    let words = [&error["code"], &error["type"], error];
+    let words = [&error["code"], &error["type"], error, &json["code"]];
     let word = words.into_iter().find_map(Value::as_str);
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
     let word = word.filter(|w| w.len() <= 64 && w.bytes().all(plain));
@@ -1583,7 +1589,6 @@ impl Upstream {
         let requests = agent(config, roots, &settings.base_url)?
             .timeout_resolve(time)
             .timeout_connect(time)
-            .timeout_per_write(time)
             .max_idle_connections(UPSTREAMS_KEPT)
             .max_idle_connections_per_host(UPSTREAMS_KEPT);
         let connector = DefaultConnector::new().chain(Deadline(()));
@@ -1651,7 +1656,7 @@ impl Upstream {
     /// Asks upstream.
     fn send(&self, url: &str, token: &Token, exchange: &mut Exchange) -> Result<Answer, Reply> {
         let request = self.outgoing(url, token, &exchange.head)?;
-        WAIT_END.set(exchange.due);
+        WAIT_END.set(Instant::now() + exchange.timeout);
         let answer = if request.headers().keys().any(is_framing) {
             let body = SendBody::from_reader(exchange);
             self.agent.run(request.map(|()| body))
@@ -1759,7 +1764,7 @@ impl Resolver for Lookup {
 }
 
 thread_local! {
-    /// Until when this worker waits for what upstream is to send next.
+    /// Until when this worker waits for upstream to take or to send what is next.
     static WAIT_END: Cell<Instant> = Cell::new(Instant::now());
 }
 
@@ -1779,12 +1784,18 @@ impl<T: Transport> Connector<T> for Deadline<()> {
     }
 }
 
+/// What is left until `WAIT_END`, or of a shorter time: behind a proxy, one is in another.
+fn in_time(mut time: NextTimeout) -> NextTimeout {
+    // In tenths: the same each time, as a rule, so that the socket need not be told anew.
+    let left = left_until(WAIT_END.get()).as_micros();
+    let left = Duration::from_micros(left.next_multiple_of(100_000) as u64);
+    time.after = time.after.min(left.into());
+    time
+}
+
 impl<T: Transport> Transport for Deadline<T> {
     fn await_input(&mut self, time: NextTimeout) -> Result<bool, ureq::Error> {
-        // In tenths: the same each time, as a rule, so that the socket need not be told anew.
-        let left = left_until(WAIT_END.get()).as_micros();
-        let after = Duration::from_micros(left.next_multiple_of(100_000) as u64).into();
-        self.0.await_input(NextTimeout { after, ..time })
+        self.0.await_input(in_time(time))
     }
 
     fn buffers(&mut self) -> &mut dyn Buffers {
@@ -1792,7 +1803,7 @@ impl<T: Transport> Transport for Deadline<T> {
     }
 
     fn transmit_output(&mut self, amount: usize, time: NextTimeout) -> Result<(), ureq::Error> {
-        self.0.transmit_output(amount, time)
+        self.0.transmit_output(amount, in_time(time))
     }
 
     fn is_open(&mut self) -> bool {
@@ -2058,9 +2069,8 @@ impl Exchange {
         let count = self.head.body.read(&mut self.stream, out)?;
         let earned = Duration::from_secs(count as u64) / BODY_RATE;
         self.patience = (self.patience + earned).saturating_sub(began.elapsed());
-        if open && self.head.body.is_done() {
-            self.due = Instant::now() + self.timeout;
-            WAIT_END.set(self.due);
+        if open {
+            WAIT_END.set(Instant::now() + self.timeout); // which counts from the last of it
         }
         Ok(count)
     }
@@ -2077,7 +2087,8 @@ impl Read for Exchange {
             Ok(count) => return Ok(count),
             Err(e) => match e.kind() {
                 ErrorKind::TimedOut => Reply::new(408, "the body came too slowly"),
-                ErrorKind::InvalidData | ErrorKind::UnexpectedEof => malformed(&e.to_string()),
+                ErrorKind::UnexpectedEof => malformed("the body ended early; send all of it"),
+                ErrorKind::InvalidData => malformed(&e.to_string()),
                 _ => broken("the client went away while it sent the body"),
             },
         };
@@ -2161,9 +2172,7 @@ fn invalid(why: &str) -> io::Error {
 
 fn chunk_line(source: &mut impl BufRead) -> io::Result<String> {
     let mut line = String::new();
-    if source.take(LINE_SIZE as u64).read_line(&mut line)? == 0 {
-        return Err(ErrorKind::UnexpectedEof.into());
-    }
+    source.take(LINE_SIZE as u64).read_line(&mut line)?;
     let plain = |text: &&str| text.bytes().all(|b| matches!(b, b'\t' | b' '..=b'~'));
     let text = line.strip_suffix("\r\n").filter(plain);
     let wrong = || invalid("a line between chunks is cut off, too long, or not plain");
@@ -2304,9 +2313,7 @@ impl Config {
         let users = users.map_err(|e| format!("users: {e}"))?;
         if let Some(again) = repeated(&users, |a, b| a.name == b.name || a.token == b.token) {
             let name = &again.name;
-            return Err(format!(
-                "users: found {name:?} or its token again, expected once"
-            ));
+            return Err(format!("users: {name:?} or its token twice, expected once"));
         }
         Ok(Config {
             listen: field("listen", file, ":8080", ADDRESS)?,
@@ -2427,9 +2434,9 @@ fn field<T>(name: &str, of: &mut Mapping, or: impl Into<Yaml>, kind: Kind<T>) ->
     let found = of.remove(name).filter(|found| !found.is_null());
     let value = found.unwrap_or_else(|| or.into());
     let text = serde_json::to_string(&value).unwrap_or_default();
-    // A URL with a user in it has a password in it, one with a query a key; and a path of lines is one.
-    let secret =
-        ["token", "users", "headers", "proxy"].contains(&name) || text.contains(['@', '?', '\\']);
+    // A URL with a user in it has a password in it, one with a query may have a key, as a pasted one.
+    let secret = ["token", "users", "headers", "proxy"].contains(&name)
+        || ["@", "?", "#", "-----"].iter().any(|m| text.contains(m));
     let shown = match &value {
         Yaml::Mapping(_) | Yaml::Sequence(_) | Yaml::Tagged(_) => "what has parts",
         _ if secret => "what is not shown",
@@ -2448,7 +2455,7 @@ const LIST: Kind<Vec<Yaml>> = ("a list", |value| value.as_sequence().cloned());
 const MAPPING: Kind<Mapping> = ("NAME: VALUE lines", |value| value.as_mapping().cloned());
 
 const PATH: Kind<Option<PathBuf>> = ("a path", |value| {
-    let plain = |path: &&str| !path.contains(char::is_control);
+    let plain = |path: &&str| !path.contains("-----"); // as a pasted key does
     let path = value.as_str().filter(plain).map(PathBuf::from);
     (value.is_null() || path.is_some()).then_some(path)
 });

@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Write};
 use std::net::TcpStream;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -277,6 +277,41 @@ fn kill_9_at_random_moments_of_refreshes_under_load() {
         assert_eq!(mode & 0o777, 0o600);
     }
     assert_eq!(mux.stop(), 0);
+}
+
+/// The lock of a state folder keeps nobody from a login that another one has a link to as well.
+#[test]
+fn two_that_are_linked_to_one_login_do_not_spend_it_twice() {
+    let up = Upstream::plain();
+    let (asked, go) = (Steps::default(), Steps::default());
+    let (told, held) = (asked.clone(), go.clone());
+    up.on_refresh(move |_, _| {
+        told.advance();
+        held.wait(1);
+        Ok(false)
+    });
+    let setups = [Setup::new(&up), Setup::new(&up)];
+    let [shared, link] = setups.each_ref().map(|s| s.state().join("claude"));
+    fs::remove_dir_all(&link).expect("remove a folder");
+    symlink(&shared, &link).expect("link a folder");
+    let [first, second] = setups;
+    let ended = up.login("claude", -10);
+    let first = first.save("claude", &ended.claude()).start();
+    asked.wait(1);
+    let second = second.start();
+    let answer = second.message();
+    assert_eq!(answer.status, 503);
+    assert!(
+        answer.error().contains("another program has a lock"),
+        "{}",
+        answer.text()
+    );
+    go.advance();
+    assert_eq!(first.message().status, 200);
+    assert_eq!(second.message().status, 200, "the new login is adopted");
+    assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+    let names = fs::read_dir(&shared).expect("read a folder");
+    assert_eq!(names.count(), 1, "nothing but the login");
 }
 
 /// A file system of its own, where this machine lets us have one.

@@ -356,6 +356,10 @@ fn a_chunked_body_that_is_broken() {
         let status = refused(&mux, &[start.as_bytes(), chunks].concat());
         assert_eq!(status, "400", "{case:?}");
     });
+    // A line without an end is not waited for.
+    let mut client = mux.client();
+    client.send([start.as_bytes(), &zeros].concat());
+    assert_eq!(client.answer().status, 400);
     assert_kept_out(&up, &mux, before);
 }
 

@@ -36,6 +36,11 @@ fn a_login_that_is_over_is_told_once_and_asked_for_no_more() {
         ("chatgpt", 400, terminal("refresh_token_reused")),
         (
             "chatgpt",
+            401,
+            json!({"code": "refresh_token_reused", "message": WORDS}),
+        ),
+        (
+            "chatgpt",
             400,
             json!({"error": {"code": null, "type": "invalid_grant", "message": WORDS}}),
         ),

@@ -338,6 +338,31 @@ fn a_slow_proxy_and_a_slow_head_behind_it_are_waited_for() {
     }
 }
 
+/// To see whether it is still open takes no time, and the end of an answer is passed on at once.
+#[test]
+fn a_connection_behind_a_proxy_is_kept() {
+    for scheme in ["http", "socks5h"] {
+        let authority = Authority::new();
+        let far = Upstream::tls(&authority, |_, conn| {
+            conn.stream(&[])?;
+            conn.chunk("far")?;
+            conn.finish()
+        });
+        let proxy = Proxy::start(far.addr);
+        let setup = Setup::new(&far);
+        let roots = setup.write("roots.pem", authority.cert_pem);
+        let mux = setup
+            .env("SSL_CERT_FILE", roots)
+            .provider(0, "base_url", "https://slow.test/anthropic")
+            .set("proxy", format!("{scheme}://{}", proxy.addr))
+            .start();
+        for _ in 0..3 {
+            assert_eq!(mux.message().text(), "far", "{scheme}");
+        }
+        assert_eq!(proxy.asked().len(), 1, "{scheme}");
+    }
+}
+
 #[test]
 fn silence_in_a_body_behind_a_proxy_breaks_it_off() {
     for scheme in ["http", "socks5h"] {
