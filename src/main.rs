@@ -134,6 +134,9 @@ const LOOKUP_AGE: Duration = Duration::from_secs(30);
 const FILE_SIZE: u64 = 1 << 20;
 /// A file changed this recently may change again within one tick of its clock.
 const SETTLE_TIME: Duration = Duration::from_secs(2);
+/// Before a new login is saved once more: what another program did to the file in just that moment,
+/// such as writing it anew, is over.
+const SAVE_PAUSE: Duration = Duration::from_millis(250);
 /// A call to a token endpoint, and its answer.
 const TOKEN_TIME: Duration = Duration::from_secs(30);
 const TOKEN_SIZE: u64 = 64 << 10;
@@ -1185,7 +1188,7 @@ impl Credential {
         let claimed = claim.as_ref().map(File::try_lock);
         if matches!(claimed, Some(Err(fs::TryLockError::WouldBlock))) {
             return Err(passing(
-                "another program has a lock on it; stop that".into(),
+                "its file is locked by another program; stop that".into(),
             ));
         }
         let room = fs::metadata(&self.path).map_or(0, |meta| meta.len()) + TOKEN_SIZE;
@@ -1249,9 +1252,10 @@ impl Credential {
     fn save(&self) {
         let unsaved = lock(&self.state).unsaved.clone();
         let Some((old, new)) = unsaved else { return };
-        let saved = self.write(&old, &new);
-        // At once again: what another program did to it in just that moment is over.
-        let saved = saved.or_else(|_| self.write(&old, &new));
+        let saved = self.write(&old, &new).or_else(|_| {
+            thread::sleep(SAVE_PAUSE);
+            self.write(&old, &new)
+        });
         let mut state = self.reload(true);
         match saved {
             _ if state.unsaved.is_none() => {} // a login of the file's own, or a log-out, has won

@@ -204,6 +204,29 @@ fn what_is_written_late_is_still_young() {
     assert_eq!(up.refreshes().len(), 1);
 }
 
+/// As another tool does that is about to write the file anew: until it has, nothing of ours goes upstream.
+#[test]
+fn a_file_that_is_just_being_written_is_waited_for() {
+    let (up, state) = tells_what_is_saved();
+    let setup = Setup::bare(&up).save("claude", &up.login("claude", -10).claude());
+    state.set(setup.state()).expect("set once");
+    let path = login::path(&setup.state(), "claude");
+    up.on_refresh(move |_, _| {
+        let whole = fs::read(&path)?;
+        fs::write(&path, &whole[..whole.len() / 2])?;
+        let path = path.clone();
+        thread::spawn(move || {
+            thread::sleep(Duration::from_millis(20));
+            fs::write(path, whole)
+        });
+        Ok(false)
+    });
+    let mux = setup.start();
+    assert_eq!(mux.message().text(), "saved");
+    assert!(mux.log_lines("ERROR").is_empty(), "{}", mux.log());
+    assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+}
+
 /// As another tool does that begins to write the file anew just when ours is in place.
 #[test]
 fn a_file_that_is_emptied_behind_ours_costs_no_second_refresh() {
