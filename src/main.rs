@@ -1187,9 +1187,8 @@ impl Credential {
         let claim = File::open(&self.path).ok();
         let claimed = claim.as_ref().map(File::try_lock);
         if matches!(claimed, Some(Err(fs::TryLockError::WouldBlock))) {
-            return Err(passing(
-                "its file is locked by another program; stop that".into(),
-            ));
+            let why = "its file is locked by another program; stop that";
+            return Err(passing(why.into()));
         }
         let room = fs::metadata(&self.path).map_or(0, |meta| meta.len()) + TOKEN_SIZE;
         let rehearsed = self.replace(&" ".repeat(room as usize), None);
