@@ -373,9 +373,10 @@ impl Gate {
             }
         }
         // Those that no worker could be had for.
-        let late = |exchange: &mut Exchange| exchange.stream.socket.deadline = Instant::now();
-        self.queue.iter_mut().for_each(late);
+        let end = |exchange: &mut Exchange| exchange.stream.socket.deadline = Instant::now();
+        self.queue.iter_mut().for_each(end);
         let _ = self.dispatch();
+        self.connections.clear();
         if self.busy > 0 {
             warn!("{} requests still ran and are cut short", self.busy);
         }
@@ -460,11 +461,7 @@ impl Gate {
             let (server, proxy) = (self.server.clone(), self.proxy.clone());
             let work = move || server.incoming_requests().for_each(|t| proxy.serve(t));
             if let Err(e) = spawn("worker", work) {
-                let level = if self.busy == self.running {
-                    Level::Warn
-                } else {
-                    Level::Debug
-                };
+                let level = [Level::Debug, Level::Warn][(self.busy == self.running) as usize];
                 return log!(level, "start a worker: {e}");
             }
             self.running += 1;
@@ -483,7 +480,7 @@ impl Gate {
         self.inner.write_all(&TICKET.repeat(count))?;
         let late = |e: &mut Exchange| left_until(e.stream.socket.deadline).is_zero();
         for exchange in self.queue.extract_if(.., late) {
-            let busy = Reply::new(503, "no worker is free; wait, or raise `workers`");
+            let busy = Reply::new(503, "no worker was free; try again, or raise `workers`");
             let busy = busy.retry_after(Duration::from_secs(1));
             self.connections.extend(exchange.conclude(Err(busy)));
         }
@@ -785,7 +782,7 @@ struct Exchange {
     /// Why reading the body failed: ureq shows only an error of its own.
     fault: Option<Reply>,
     started: Instant,
-    /// What is left of `request_timeout` once a worker has it.
+    /// How long the head of the answer may take, from the request's end.
     timeout: Duration,
     report: Report,
 }
@@ -881,7 +878,7 @@ impl Proxy {
     /// What a worker does for a request that has passed the gate.
     fn handle(&self, exchange: &mut Exchange) -> Outcome {
         let (upstream, url) = self.route(&exchange.head.target)?;
-        exchange.timeout = left_until(exchange.stream.socket.deadline);
+        exchange.timeout = self.config.request_timeout;
         upstream.credential.token()?; // before the body, which may take minutes, and after it
         exchange.hold()?;
         let token = upstream.credential.token()?;
@@ -1074,6 +1071,7 @@ impl Credential {
         let mut state = self.reload(false);
         if let Some(old) = state.due(TOKEN_MARGIN, None).cloned() {
             drop(state);
+            self.turn.clear_poison(); // as `lock` takes it
             let turn = self.turn.try_lock().ok();
             if turn.is_none() && old.lasts(Duration::ZERO) {
                 return Ok(old);
@@ -1187,7 +1185,7 @@ impl Credential {
         let claim = File::open(&self.path).ok();
         let claimed = claim.as_ref().map(File::try_lock);
         if matches!(claimed, Some(Err(fs::TryLockError::WouldBlock))) {
-            let why = "its file is locked by another program; stop that";
+            let why = "another ai-mux refreshes it, or another program has locked its file";
             return Err(passing(why.into()));
         }
         let room = fs::metadata(&self.path).map_or(0, |meta| meta.len()) + TOKEN_SIZE;
@@ -1289,14 +1287,15 @@ impl Credential {
             |e| format!("{name} cannot be replaced: {e}; its folder must be writable, with room");
         let target = self.path.canonicalize().map_err(failed)?;
         // A rehearsal's has a name of its own: nobody may ever put it in place.
-        let end = read.map_or("ai-mux-try", |_| "ai-mux-new");
-        let new = PathBuf::from([target.as_os_str(), end.as_ref()].join(".".as_ref()));
+        let suffix = read.map_or("ai-mux-try", |_| "ai-mux-new");
+        let new = PathBuf::from([target.as_os_str(), suffix.as_ref()].join(".".as_ref()));
+        let _ = fs::remove_file(&new); // left behind by kill -9
         // A file that is mounted by itself cannot be linked to, nor replaced (link(2), EXDEV).
         let crosses = |e: io::Error| e.kind() == ErrorKind::CrossesDevices;
         if read.is_none() && fs::hard_link(&target, &new).is_err_and(crosses) {
             return Err(format!("{name} is a mount by itself; mount its folder"));
         }
-        let _ = fs::remove_file(&new); // that, or one left behind by kill -9
+        let _ = fs::remove_file(&new);
         let put = || {
             let mut options = File::options();
             options.write(true).create_new(true).mode(0o600);
@@ -1305,8 +1304,8 @@ impl Credential {
             file.sync_all()?;
             match read {
                 None => return Ok(()),
-                Some(read) if stamp(&target) == Some(read) => fs::rename(&new, &target)?,
-                Some(_) => return Err(io::Error::other("another program has changed it")),
+                read if stamp(&target) == read => fs::rename(&new, &target)?,
+                _ => return Err(io::Error::other("another program has changed it")),
             }
             File::open(target.parent().unwrap_or(Path::new("/")))?.sync_all()
         };
@@ -1425,11 +1424,11 @@ fn secret_in(value: &Value) -> Option<Secret> {
     Secret::new(value.as_str()?)
 }
 
-/// The `error` word of a token endpoint's answer (RFC 6749 section 5.2; OpenAI nests it), or ""
-/// if it is nothing that looks like one.
+/// The error word of a token endpoint's answer (RFC 6749 section 5.2; OpenAI nests it, or calls it
+/// `code`), or "" if it is nothing that looks like one.
 fn error_word(json: &Value) -> &str {
     let error = &json["error"];
-    let words = [&error["code"], &error["type"], error, &json["code"]];
+    let words = [&error["code"], error, &json["code"], &error["type"]];
     let word = words.into_iter().find_map(Value::as_str);
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
     let word = word.filter(|w| w.len() <= 64 && w.bytes().all(plain));
@@ -1758,7 +1757,7 @@ impl Resolver for Lookup {
         {
             return Ok(addresses.clone());
         }
-        let found = DefaultResolver::default().resolve(uri, config, time);
+        let found = DefaultResolver::default().resolve(uri, config, in_time(time));
         let mut found = found.or_else(|e| known.map(|(_, old)| old).ok_or(e))?;
         found.sort_by_key(SocketAddr::is_ipv6); // which, where it is broken, costs a time-out
         lock(&self.0).insert(name, (Instant::now() + LOOKUP_AGE, found.clone()));
@@ -1787,7 +1786,8 @@ impl<T: Transport> Connector<T> for Deadline<()> {
     }
 }
 
-/// What is left until `WAIT_END`, or of a shorter time: behind a proxy, one is in another.
+/// What is left until `WAIT_END`, or of a shorter time: `is_open` waits for none, and behind a proxy
+/// one is in another.
 fn in_time(mut time: NextTimeout) -> NextTimeout {
     // In tenths: the same each time, as a rule, so that the socket need not be told anew.
     let left = left_until(WAIT_END.get()).as_micros();
@@ -2437,9 +2437,10 @@ fn field<T>(name: &str, of: &mut Mapping, or: impl Into<Yaml>, kind: Kind<T>) ->
     let found = of.remove(name).filter(|found| !found.is_null());
     let value = found.unwrap_or_else(|| or.into());
     let text = serde_json::to_string(&value).unwrap_or_default();
-    // A URL with a user in it has a password in it, one with a query may have a key, as a pasted one.
-    let secret = ["token", "users", "headers", "proxy"].contains(&name)
-        || ["@", "?", "#", "-----"].iter().any(|m| text.contains(m));
+    // In a URL: a password, a query, a fragment. Elsewhere: a key in PEM, or lines of one.
+    let marks = ["@", "?", "#", "-----", "\\n"];
+    let secret = ["token", "users", "headers", "proxy"].contains(&name);
+    let secret = secret || marks.iter().any(|mark| text.contains(mark));
     let shown = match &value {
         Yaml::Mapping(_) | Yaml::Sequence(_) | Yaml::Tagged(_) => "what has parts",
         _ if secret => "what is not shown",
@@ -2458,7 +2459,7 @@ const LIST: Kind<Vec<Yaml>> = ("a list", |value| value.as_sequence().cloned());
 const MAPPING: Kind<Mapping> = ("NAME: VALUE lines", |value| value.as_mapping().cloned());
 
 const PATH: Kind<Option<PathBuf>> = ("a path", |value| {
-    let plain = |path: &&str| !path.contains("-----"); // as a pasted key does
+    let plain = |path: &&str| !path.contains("-----") && !path.contains('\n'); // no pasted key
     let path = value.as_str().filter(plain).map(PathBuf::from);
     (value.is_null() || path.is_some()).then_some(path)
 });

@@ -252,6 +252,7 @@ fn what_was_found_in_a_secret_field_is_not_shown() {
         "providers: [{name: claude, base_url: 'https://h/?key=Pw5xKt'}]".to_owned(),
         "tls: {enabled: true, key_path: /x, cert_path: \"-----BEGIN\\nPw5xKt\"}".to_owned(),
         "tls: {enabled: true, key_path: /x, cert_path: -----BEGIN A KEY-----\n Pw5xKt}".to_owned(),
+        "tls: {enabled: true, key_path: /x, cert_path: \"Rb8zHn\\nPw5xKt\"}".to_owned(),
         "providers: [{name: claude, base_url: 'https://h/#key=Pw5xKt'}]".to_owned(),
         "providers: [{name: claude, headers: {x-a: [Pw5xKt]}}]".to_owned(),
         "providers: [{name: claude, headers: {authorization: Pw5xKt}}]".to_owned(),

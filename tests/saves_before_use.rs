@@ -272,6 +272,7 @@ fn a_file_that_is_mounted_by_itself_is_found_out_before_a_token_is_spent() {
     let setup = Setup::bare(&up).save("claude", &up.login("claude", -10).claude());
     let path = login::path(&setup.state(), "claude").display().to_string();
     let mounted = setup.write("mounted", fs::read(&path).expect("a file"));
+    fs::write(format!("{path}.ai-mux-try"), b"").expect("what kill -9 left behind");
     let Some(script) = setup::mounting(&mounted, &path) else {
         return say("SKIPPED: only root mounts");
     };

@@ -124,33 +124,6 @@ fn whoever_waits_is_served_as_soon_as_a_worker_is_free() {
     mux.assert_recovered(before, 2);
 }
 
-/// `request_timeout` is for all that lies between a request's end and the head of its answer.
-#[test]
-fn the_wait_for_a_worker_counts() {
-    let go = Steps::default();
-    let held = go.clone();
-    let up = Upstream::start(move |req, conn| {
-        if req.head.get("x-held").is_some() {
-            conn.stream(&[])?;
-            conn.chunk("one")?;
-            held.wait(1);
-            conn.chunk("two")?;
-            return conn.finish();
-        }
-        std::thread::sleep(std::time::Duration::from_secs(3));
-        conn.respond(200, &[], b"fine")
-    });
-    let setup = Setup::new(&up).set("workers", 1);
-    let mux = setup.set("request_timeout", "4s").start();
-    let mut busy = occupy(&mux, 1);
-    let mut waiting = mux.client();
-    waiting.request("POST", MESSAGES, &[BEARER], b"{}");
-    std::thread::sleep(std::time::Duration::from_secs(2));
-    go.advance();
-    busy.iter_mut().for_each(assert_whole);
-    assert_eq!(waiting.answer().status, 504);
-}
-
 /// Hour after hour: those that were told so, or went away, leave nothing behind, and the pool is whole when it is free.
 #[test]
 fn a_pool_that_stays_full_keeps_nothing_of_those_it_turned_away() {
