@@ -315,6 +315,18 @@ fn a_proxy_for_something_else_is_not_used_and_a_wrong_one_is_an_error() {
     );
 }
 
+/// Claude's answers come from there, by a proxy.
+fn through(scheme: &str, far: &Upstream, authority: &Authority) -> (Proxy, Setup) {
+    let proxy = Proxy::start(far.addr);
+    let setup = Setup::new(far);
+    let roots = setup.write("roots.pem", &authority.cert_pem);
+    let setup = setup
+        .env("SSL_CERT_FILE", roots)
+        .provider(0, "base_url", "https://slow.test/anthropic")
+        .set("proxy", format!("{scheme}://{}", proxy.addr));
+    (proxy, setup)
+}
+
 /// `stream_idle_timeout` is for bodies, on whatever way: not for a tunnel, a handshake or a head.
 #[test]
 fn a_slow_proxy_and_a_slow_head_behind_it_are_waited_for() {
@@ -324,15 +336,8 @@ fn a_slow_proxy_and_a_slow_head_behind_it_are_waited_for() {
             thread::sleep(Duration::from_millis(1500));
             conn.respond(200, &[], b"far")
         });
-        let proxy = Proxy::start(far.addr);
-        let setup = Setup::new(&far);
-        let roots = setup.write("roots.pem", authority.cert_pem);
-        let setup = setup.env("SSL_CERT_FILE", roots);
-        let setup = setup.provider(0, "base_url", "https://slow.test/anthropic");
-        let setup = setup.set("stream_idle_timeout", "500ms");
-        let mux = setup
-            .set("proxy", format!("{scheme}://{}", proxy.addr))
-            .start();
+        let (proxy, setup) = through(scheme, &far, &authority);
+        let mux = setup.set("stream_idle_timeout", "500ms").start();
         assert_eq!(mux.message().text(), "far", "{scheme}");
         assert_eq!(proxy.asked().len(), 1);
     }
@@ -348,14 +353,8 @@ fn a_connection_behind_a_proxy_is_kept() {
             conn.chunk("far")?;
             conn.finish()
         });
-        let proxy = Proxy::start(far.addr);
-        let setup = Setup::new(&far);
-        let roots = setup.write("roots.pem", authority.cert_pem);
-        let mux = setup
-            .env("SSL_CERT_FILE", roots)
-            .provider(0, "base_url", "https://slow.test/anthropic")
-            .set("proxy", format!("{scheme}://{}", proxy.addr))
-            .start();
+        let (proxy, setup) = through(scheme, &far, &authority);
+        let mux = setup.start();
         for _ in 0..3 {
             assert_eq!(mux.message().text(), "far", "{scheme}");
         }
@@ -375,15 +374,8 @@ fn silence_in_a_body_behind_a_proxy_breaks_it_off() {
             held.wait(1);
             conn.finish()
         });
-        let proxy = Proxy::start(far.addr);
-        let setup = Setup::new(&far);
-        let roots = setup.write("roots.pem", authority.cert_pem);
-        let mux = setup
-            .env("SSL_CERT_FILE", roots)
-            .provider(0, "base_url", "https://slow.test/anthropic")
-            .set("stream_idle_timeout", "1s")
-            .set("proxy", format!("{scheme}://{}", proxy.addr))
-            .start();
+        let (_proxy, setup) = through(scheme, &far, &authority);
+        let mux = setup.set("stream_idle_timeout", "1s").start();
         let mut client = mux.client();
         client.request("POST", MESSAGES, &[BEARER], b"{}");
         client.head();
