@@ -445,12 +445,12 @@ impl Gate {
             Err(end) if end.status == 0 => return debug!("peer={peer} closed: {}", end.message),
             Err(reply) => (Head::default(), Err(reply)),
         };
-        let mut exchange = Exchange::new(stream, head);
+        let mut exchange = Exchange::new(stream, head, self.proxy.config.request_timeout);
         let screened = read.and_then(|()| self.proxy.screen(&mut exchange));
         if screened.is_err() {
             return self.connections.extend(exchange.conclude(screened));
         }
-        exchange.stream.socket.deadline = Instant::now() + self.proxy.config.request_timeout;
+        exchange.stream.socket.deadline = Instant::now() + exchange.timeout;
         self.queue.push(exchange);
     }
 
@@ -782,7 +782,7 @@ struct Exchange {
     /// Why reading the body failed: ureq shows only an error of its own.
     fault: Option<Reply>,
     started: Instant,
-    /// How long the head of the answer may take, from the request's end.
+    /// `request_timeout`: for a free worker, and for the head of the answer from the request's end.
     timeout: Duration,
     report: Report,
 }
@@ -800,7 +800,7 @@ struct Report {
 }
 
 impl Exchange {
-    fn new(stream: Stream, head: Head) -> Exchange {
+    fn new(stream: Stream, head: Head, timeout: Duration) -> Exchange {
         Exchange {
             started: stream.socket.deadline - HEAD_TIME, // with the first byte of its head
             stream,
@@ -808,7 +808,7 @@ impl Exchange {
             held: Cursor::default(),
             patience: BODY_GRACE,
             fault: None,
-            timeout: Duration::ZERO,
+            timeout,
             report: Report::default(),
         }
     }
@@ -878,7 +878,6 @@ impl Proxy {
     /// What a worker does for a request that has passed the gate.
     fn handle(&self, exchange: &mut Exchange) -> Outcome {
         let (upstream, url) = self.route(&exchange.head.target)?;
-        exchange.timeout = self.config.request_timeout;
         upstream.credential.token()?; // before the body, which may take minutes, and after it
         exchange.hold()?;
         let token = upstream.credential.token()?;
@@ -1188,7 +1187,8 @@ impl Credential {
             let why = "another ai-mux refreshes it, or another program has locked its file";
             return Err(passing(why.into()));
         }
-        let room = fs::metadata(&self.path).map_or(0, |meta| meta.len()) + TOKEN_SIZE;
+        let size = fs::metadata(&self.path).map_or(0, |meta| meta.len());
+        let room = size.min(FILE_SIZE) + TOKEN_SIZE; // a larger file is refused anyway
         let rehearsed = self.replace(&" ".repeat(room as usize), None);
         rehearsed.map_err(passing)?;
         // The new tokens are edited into this file; and the rehearsal takes its time, in which

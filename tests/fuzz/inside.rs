@@ -79,7 +79,7 @@ pub fn body(length: Length, source: &mut impl BufRead, room: usize) -> io::Resul
 /// connection is broken off.
 pub fn panic_after(sent: &'static [u8]) -> (Vec<u8>, bool) {
     let (mut client, tcp) = pair();
-    let exchange = Exchange::new(stream(tcp), Head::default());
+    let exchange = Exchange::new(stream(tcp), Head::default(), Duration::ZERO);
     let verdict = fence(exchange, |exchange| {
         if !sent.is_empty() {
             exchange.report.status = 200;
