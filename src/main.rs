@@ -2233,7 +2233,8 @@ fn answer_head(parts: &Parts, request: &mut Head) -> (Vec<u8>, bool) {
     let reason = status.canonical_reason().unwrap_or_default();
     let mut head = format!("HTTP/1.1 {} {reason}\r\n", status.as_str()).into_bytes();
     for (name, value) in headers {
-        let dropped = is_hop_by_hop(name.as_str())
+        // RFC 9209: not for the next hop alone.
+        let dropped = is_hop_by_hop(name.as_str()) && name != "proxy-status"
             || matches!(name.as_str(), "set-cookie" | "alt-svc")
             || name == CONTENT_LENGTH && !sized
             || name != CONTENT_LENGTH && lists(headers, "connection", name.as_str());

@@ -73,10 +73,12 @@ fn cookies_alternatives_and_hop_by_hop_headers_are_dropped() {
             ("Trailer", "x-sum"),
             ("Upgrade", "h2c"),
         ];
-        conn.respond(200, &[&dropped[..], &[("x-kept", "yes")]].concat(), b"fine")
+        let kept = [("Proxy-Status", "edge; error=none"), ("x-kept", "yes")];
+        conn.respond(200, &[&dropped[..], &kept].concat(), b"fine")
     });
     let mux = Mux::start(&up);
-    let kept = [("x-kept".to_owned(), "yes".to_owned())];
+    let kept = [("proxy-status", "edge; error=none"), ("x-kept", "yes")];
+    let kept = kept.map(|(name, value)| (name.to_owned(), value.to_owned()));
     assert_eq!(end_to_end(&mux.message()), kept);
 }
 
