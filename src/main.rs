@@ -153,6 +153,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(300);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(86400);
 /// After a signal, for running requests.
 const STOP_TIME: Duration = Duration::from_secs(10);
+/// For those that are cut short then, to say so in the log.
+const CUT_TIME: Duration = Duration::from_secs(1);
 /// Longer than anything takes, and short enough to be added to any clock.
 const FOREVER: Duration = Duration::from_secs(365 * 86400);
 
@@ -372,15 +374,27 @@ impl Gate {
                 }
             }
         }
+        self.cut_short();
+        Ok(())
+    }
+
+    /// Ends what has not ended by itself, each request with its line in the log.
+    fn cut_short(&mut self) {
         // Those that no worker could be had for.
         let end = |exchange: &mut Exchange| exchange.stream.socket.deadline = Instant::now();
         self.queue.iter_mut().for_each(end);
         let _ = self.dispatch();
         self.connections.clear();
         if self.busy > 0 {
-            warn!("{} requests still ran and are cut short", self.busy);
+            warn!("{} requests still run and are cut short", self.busy);
         }
-        Ok(())
+        let agents = self.proxy.upstreams.iter().map(|u| u.agent.clone());
+        agents.for_each(ureq::Agent::shutdown); // which whoever waits for upstream is told
+        let end = Instant::now() + CUT_TIME;
+        while self.busy > 0 && !left_until(end).is_zero() {
+            let _ = self.wait(end);
+            self.busy -= std::mem::take(&mut *lock(&self.proxy.verdicts)).len();
+        }
     }
 
     /// How many connections there are.

@@ -66,6 +66,39 @@ fn a_stream_that_takes_too_long_is_broken_off() {
 }
 
 #[test]
+fn each_request_that_is_cut_short_has_its_line() {
+    let go = Steps::default();
+    let held = go.clone();
+    let up = Upstream::start(move |request, conn| {
+        if request.head.get("x-begin").is_some() {
+            conn.stream(&[])?;
+            conn.chunk("one")?;
+        }
+        held.wait(1);
+        Ok(())
+    });
+    let mut mux = Mux::start(&up);
+    let mut begun = mux.client();
+    begun.request("POST", MESSAGES, &[BEARER, ("x-begin", "1")], b"{}");
+    begun.head();
+    assert_eq!(begun.text(), "one");
+    let mut silent = mux.client();
+    silent.request("POST", MESSAGES, &[BEARER], b"{}");
+    up.wait(2, |_| true);
+    assert_eq!(mux.stop(), 0);
+    assert!(begun.piece().is_err(), "an end that is no end");
+    assert_eq!(silent.answer().status, 502);
+    for what in ["status=200 bytes=3 ", "status=502 "] {
+        let lines = mux.log_lines(what);
+        assert!(
+            lines.len() == 1 && lines[0].contains(" ended="),
+            "{lines:?}"
+        );
+    }
+    go.advance();
+}
+
+#[test]
 fn a_second_signal_ends_it_at_once() {
     let (up, go) = two_events();
     let (mut mux, mut client) = running(&up, Setup::new(&up));
