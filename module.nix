@@ -441,7 +441,10 @@ in
         CapabilityBoundingSet = capability;
         PrivateUsers = !lowPort; # in a user namespace the capability would not count
         SocketBindDeny = "any";
-        SocketBindAllow = "tcp:${toString port}";
+        SocketBindAllow = [
+          "tcp:${toString port}"
+          "udp" # which musl binds to look a name up
+        ];
 
         DevicePolicy = "closed";
         LockPersonality = true;

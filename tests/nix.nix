@@ -214,7 +214,11 @@ let
         "a port over 1023 needs no capability" =
           o.unit.CapabilityBoundingSet == "" && o.unit.AmbientCapabilities == "" && o.unit.PrivateUsers;
         "nothing else can be bound" =
-          o.unit.SocketBindAllow == "tcp:8080" && o.unit.SocketBindDeny == "any";
+          o.unit.SocketBindAllow == [
+            "tcp:8080"
+            "udp"
+          ]
+          && o.unit.SocketBindDeny == "any";
         "the firewall is left alone" = o.config.networking.firewall.allowedTCPPorts == [ ];
         "no user is made" = o.config.users.users == { };
       };
@@ -294,7 +298,7 @@ let
       modules = low;
       holds = o: {
         "the port is opened" = o.config.networking.firewall.allowedTCPPorts == [ 443 ];
-        "and may be bound" = o.unit.SocketBindAllow == "tcp:443";
+        "and may be bound" = lib.elem "tcp:443" o.unit.SocketBindAllow;
         "by one capability" =
           o.unit.CapabilityBoundingSet == "CAP_NET_BIND_SERVICE"
           && o.unit.AmbientCapabilities == "CAP_NET_BIND_SERVICE"
