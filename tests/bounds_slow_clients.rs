@@ -199,13 +199,14 @@ fn dripped_chunks(mux: &Mux, up: &Upstream) {
 }
 
 /// They too hold every worker, until a piece was not taken for 30 s.
-fn never_readers(mux: &Mux, _: &Upstream) {
+fn never_readers(mux: &Mux, up: &Upstream) {
     let before = mux.footprint();
     let mut clients = clients(mux, 64);
     for client in &mut clients {
         let headers = [BEARER, ("x-stream", "1000000")];
         client.request("POST", MESSAGES, &headers, b"");
     }
+    up.wait(1 + 64, |_| true);
     mux.assert_settled(before, 128);
     let answer = mux.client().request("GET", "/healthz", &[], b"").answer();
     assert_eq!(answer.status, 200);

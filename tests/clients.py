@@ -83,7 +83,7 @@ class Vendor(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"%x\r\n%s\r\n" % (len(text), text))
             self.wfile.flush()
             if "delta" in event["type"]:
-                self.server.shown.acquire(timeout=20)  # until the client has shown this one
+                assert self.server.shown.acquire(timeout=20), "the client has not shown this one"
         self.wfile.write(b"0\r\n\r\n")
 
 

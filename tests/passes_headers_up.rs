@@ -268,7 +268,7 @@ fn a_post_without_a_body_stays_one() {
     assert_eq!(framing, (Some("0"), None));
 }
 
-/// As large as a head may be, and with as many fields.
+/// Nearly as large as a head may be, and with nearly as many fields.
 #[test]
 fn a_large_head_is_passed_on() {
     let up = Upstream::plain();

@@ -1,4 +1,4 @@
-//! Each path goes where the table of routes says, and nowhere else.
+//! Each path goes to its own provider, and nowhere else.
 
 mod common;
 use common::*;

@@ -362,14 +362,17 @@ fn a_touch_in_the_moment_of_saving_delays_nothing() {
     let setup = Setup::bare(&up).save("claude", &up.login("claude", -10).claude());
     state.set(setup.state()).expect("set once");
     // The second is between the last look at the file and the rename.
-    let options = "-o /dev/null -e trace=fsync -e inject=fsync:delay_enter=1000000:when=2";
+    let options = "-o /dev/null -e trace=fsync -e inject=fsync:delay_enter=2000000:when=2";
     let Some(script) = setup::under_strace(options) else {
         return say("SKIPPED: no strace");
     };
     let path = login::path(&setup.state(), "claude");
     let mux = setup.shell(&script).start();
     up.wait(1, Request::is_refresh);
-    thread::sleep(Duration::from_millis(500));
+    let folder = path.parent().expect("a folder");
+    wait_until("it is written", || {
+        fs::read_dir(folder).expect("a folder").count() > 1
+    });
     fs::set_permissions(&path, fs::Permissions::from_mode(0o400)).expect("chmod");
     assert_eq!(mux.message().text(), "saved");
     assert!(mux.log_lines("ERROR").is_empty(), "{}", mux.log());

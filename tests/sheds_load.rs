@@ -76,7 +76,7 @@ fn what_is_refused_anyway_waits_for_no_worker() {
     assert_eq!(up.requests().len(), 1);
 }
 
-/// As many as there are workers twenty times over, each with a body that never comes.
+/// Sixty times as many as there are workers, each with a body that never comes.
 #[test]
 fn a_body_without_a_token_holds_no_worker() {
     let up = Upstream::plain();
@@ -124,7 +124,7 @@ fn whoever_waits_is_served_as_soon_as_a_worker_is_free() {
     mux.assert_recovered(before, 2);
 }
 
-/// Hour after hour: those that were told so, or went away, leave nothing behind, and the pool is whole when it is free.
+/// Round after round: those that were told so, or went away, leave nothing behind, and the pool is whole when it is free.
 #[test]
 fn a_pool_that_stays_full_keeps_nothing_of_those_it_turned_away() {
     let (up, go) = two_events();

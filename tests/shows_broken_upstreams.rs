@@ -231,14 +231,15 @@ fn a_client_that_goes_away_drops_the_upstream() {
 }
 
 fn assert_dropped(tls: Option<&Authority>) {
-    let (gone, taken) = (Steps::default(), Steps::default());
-    let (go, told) = (gone.clone(), taken.clone());
+    let gone = Steps::default();
+    let go = gone.clone();
+    let (told, taken) = std::sync::mpsc::channel();
     let up = Upstream::start(move |_, conn| {
         conn.stream(&[])?;
         conn.chunk("data: 0\n\n")?;
         go.wait(1);
-        let count = events_until_gone(conn)?;
-        (0..count).for_each(|_| told.advance());
+        told.send(events_until_gone(conn)?)
+            .expect("a test that waits");
         conn.cut()
     });
     let setup = Setup::new(&up);
@@ -256,8 +257,8 @@ fn assert_dropped(tls: Option<&Authority>) {
     drop(client);
     gone.advance();
     mux.wait_log("ended=");
-    taken.wait(1);
-    assert!(taken.count() <= 2, "noticed after {} writes", taken.count());
+    let count = taken.recv_timeout(PATIENCE).expect("a count");
+    assert!(count <= 2, "noticed after {count} writes");
 }
 
 #[test]

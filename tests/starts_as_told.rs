@@ -48,7 +48,7 @@ fn a_bad_command_line_is_2() {
     }
 }
 
-/// Starts on a file with this name and text, after the fields that each test needs.
+/// Starts on a file with this name, and with the text that is made of the usual configuration.
 fn start(up: &Upstream, name: &str, text: impl Fn(&Value) -> String) -> Mux {
     let setup = Setup::new(up);
     let text = text(&setup.config);

@@ -128,7 +128,7 @@ fn a_refresh_is_waited_for_until_it_is_saved() {
     assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
 }
 
-/// Before one that was asked earlier, and waits for a request.
+/// Sooner than another that was asked earlier but has a request to finish.
 #[test]
 fn with_nothing_to_do_it_ends_at_once() {
     let (up, go) = two_events();

@@ -265,7 +265,7 @@ fn an_expiry_in_the_past_starts_no_storm() {
     });
 }
 
-/// A hundred requests that need a refresh which stalls: all hear the same, and workers and memory are back.
+/// Fifty-nine requests that need a refresh which stalls: each hears 503, and workers and memory are back.
 #[test]
 fn a_stalled_refresh_under_load() {
     let (up, end) = (Upstream::plain(), Steps::default());

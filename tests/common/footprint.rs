@@ -34,7 +34,7 @@ impl Mux {
         }
     }
 
-    /// What it holds when each worker has been used; call it before the trouble.
+    /// What it holds once a worker has been used; call it before the trouble.
     pub fn warm_footprint(&self) -> Footprint {
         assert_eq!(self.message().status, 200);
         self.footprint()

@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
-/// No test waits longer than this for anything; it only guards against a hang.
+/// How long a test waits for one thing, as a rule; it only guards against a hang.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 pub trait Io: Read + Write + Send {}
