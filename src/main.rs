@@ -24,7 +24,7 @@
 //! **upstream**.
 //!
 //! The file reads from the story to the reference: limits, main, gate, server, handler, credential,
-//! upstream, stream, config, replies, log, secret. Callers stand above what they call.
+//! upstream, stream, config, replies, log, secret. But for helpers, callers stand above callees.
 
 #![forbid(unsafe_code)]
 
@@ -72,22 +72,22 @@ static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 /// The largest head of a request, its request line and all fields.
 const HEAD_SIZE: usize = 32 << 10;
-/// The most fields in one; no real client has as many.
+/// The most fields in a head, or in trailers; no real client sends as many.
 const FIELD_COUNT: usize = 100;
 /// One line of a head. Must fit ureq's output buffer, which takes a header line whole.
 const LINE_SIZE: usize = 8 << 10;
 /// For a TLS handshake, and for a head from its first byte.
 const HEAD_TIME: Duration = Duration::from_secs(10);
-/// Between two requests. Clients pool connections for a minute or two.
+/// Before a head's first byte. Clients pool connections for a minute or two.
 const IDLE_TIME: Duration = Duration::from_secs(300);
-/// How long the gate sleeps, and all clients with it, when there is no room, or no descriptor, for
-/// another connection.
+/// How long the gate, and each client not with a worker, pauses when there is no room, or no
+/// descriptor, for another connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// What is read from a client in one go: a head and a small body fit.
 const CHUNK_SIZE: usize = 8 << 10;
-/// A user's token has this length at least, and a method, which is logged, less.
+/// The least length of a user's token; a method is shorter, so that the log shows no token.
 const TOKEN_LENGTH: usize = 16;
-/// In the log, of a request's path, of a header's value, and of an upstream's request id.
+/// The most of a path or a request id, and the longest header value, that the log shows.
 const TEXT_SHOWN: usize = 200;
 /// A request body; both vendors refuse larger ones themselves.
 const BODY_SIZE: u64 = 64 << 20;
@@ -96,16 +96,16 @@ const HELD_SIZE: u64 = 1 << 20;
 /// A body may be waited for this long, and a second more for each `BODY_RATE` that came of it.
 const BODY_GRACE: Duration = Duration::from_secs(10);
 const BODY_RATE: u32 = 1 << 10;
-/// What is read from upstream and written to the client in one go; and how long that may take, as
-/// may one silence in a request's body.
+/// What is read from upstream and written to the client in one go; and how long such a write, or
+/// one silence in a request's body, may take.
 const PIECE_SIZE: usize = 16 << 10;
 const PIECE_TIME: Duration = Duration::from_secs(30);
-/// How long an unread body is drained after a reply, so that the client gets to read that.
+/// How long what a client still sends is drained after its last answer, so that it can read that.
 const LINGER_TIME: Duration = Duration::from_secs(2);
 /// For tiny_http to hand out what it is sent at start.
 const PICKUP_TIME: Duration = Duration::from_secs(5);
-/// Idle workers kept beside the busy ones: one that waits in `recv` already takes a ticket sooner,
-/// by a fifth of what a request takes, than one that has just answered and is about to.
+/// Workers started beyond those needed: one that already waits in `recv` takes a ticket sooner than
+/// one that is just finishing, by a fifth of a request's time.
 const SPARE_WORKERS: usize = 3;
 /// How often idle workers are ended, and the certificate files looked at.
 const CHORE_INTERVAL: Duration = Duration::from_secs(5);
@@ -132,21 +132,21 @@ const UPSTREAM_IDLE: Duration = Duration::from_secs(15);
 const LOOKUP_AGE: Duration = Duration::from_secs(30);
 /// A credential file; real ones have 1 to 10 KiB.
 const FILE_SIZE: u64 = 1 << 20;
-/// A file changed this recently may change again within one tick of its clock.
+/// A file changed this recently may change again and keep the same time stamps.
 const SETTLE_TIME: Duration = Duration::from_secs(2);
-/// Before a new login is saved once more: what another program did to the file in just that moment,
-/// such as writing it anew, is over.
+/// The pause before a failed save is tried again: by then, what another program was doing to the
+/// file is over.
 const SAVE_PAUSE: Duration = Duration::from_millis(250);
 /// A call to a token endpoint, and its answer.
 const TOKEN_TIME: Duration = Duration::from_secs(30);
 const TOKEN_SIZE: u64 = 64 << 10;
-/// An access token with less than this left is refreshed; for as long after a refresh, it is not
-/// refreshed again.
+/// An access token with less than this left is refreshed, but not within this time of the last
+/// refresh.
 const TOKEN_MARGIN: Duration = Duration::from_secs(60);
 /// What is believed of `expires_in`, in seconds.
 const LIFETIME_MIN: f64 = 60.0;
 const LIFETIME_MAX: f64 = 30.0 * 86400.0;
-/// Between refreshes that fail: the first wait, doubling up to the second.
+/// The wait after a failed refresh: from the first, doubling up to the second.
 const BACKOFF_MIN: Duration = Duration::from_secs(5);
 const BACKOFF_MAX: Duration = Duration::from_secs(300);
 /// The longest `Retry-After` that is honoured, lest a mistake shut a provider for weeks.
@@ -205,7 +205,7 @@ fn serve(config: Config) -> Result<(), String> {
     let _lock = lock_state_dir(&config.state_dir)?;
     let mut gate = Gate::open(config)?;
     let served = gate.run();
-    // What a keeper or a request that is cut short has begun is not lost.
+    // A refresh that a keeper or a cut-off request has begun must not be lost.
     let credentials = gate.proxy.upstreams.iter().map(|u| &u.credential);
     (credentials.clone()).for_each(|credential| lock(&credential.state).stopping = true);
     debug!("no refresh begins any more");
@@ -221,8 +221,8 @@ fn print(text: &str) -> Result<(), (u8, String)> {
     printed.map_err(|e| (1, format!("print: {e}")))
 }
 
-/// Creates the state folder, private, and locks it: two processes that refresh one login with
-/// the same single-use token would end it. The lock lives as long as the file it returns.
+/// Creates the state folder, private, and locks it: two processes that spend the same single-use
+/// token would end the login. The lock lives as long as the file that is returned.
 fn lock_state_dir(folder: &Path) -> Result<File, String> {
     let name = folder.display();
     let created = DirBuilder::new().recursive(true).mode(0o700).create(folder);
@@ -233,9 +233,9 @@ fn lock_state_dir(folder: &Path) -> Result<File, String> {
     Ok(claim)
 }
 
-/// Takes a lock whatever a panicking thread left behind: every state here is valid after each
-/// statement. Nothing is waited for while one is held, but a small file on this machine, and the
-/// log; only a credential's `turn` is held for a whole refresh.
+/// Takes a lock even if a thread panicked with it: what it guards is valid after each statement.
+/// While one is held, nothing is waited for but a small local file and the log; only a credential's
+/// `turn` is held for a whole refresh.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -252,9 +252,9 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
 // ─── gate ────────────────────────────────────────────────────────────────────────────────────
 // In: client connections, verdicts, signals. Out: exchanges for the workers, whose heads are
 // well-formed and have passed the handler's screening; to the client, only what is decided by the
-// head alone, or that no worker was free. One thread, and all of it its own but what is parked and
-// the verdicts; it waits for all clients and for none. No body passes but what is drained after a
-// last answer.
+// head alone, or that no worker was free. It is one thread, shares `Proxy` with the workers, and
+// waits for all clients at once, never for one. No body passes but what is drained after a last
+// answer.
 
 struct Gate {
     proxy: Arc<Proxy>,
@@ -303,7 +303,7 @@ impl Gate {
             verdicts: Mutex::default(),
             waker,
         });
-        let refused = |e| format!("a socket in state_dir or TMPDIR: {e}");
+        let refused = |e| format!("open a socket in state_dir or TMPDIR: {e}");
         let (server, inner) = start_server(&proxy.config.state_dir).map_err(refused)?;
         for upstream in &proxy.upstreams {
             let credential = upstream.credential.clone();
@@ -332,7 +332,7 @@ impl Gate {
         })
     }
 
-    /// Serves until a signal comes and what runs then has ended, or had its time; or until
+    /// Serves until a signal comes and what then runs has ended, or had `STOP_TIME`; or until
     /// tiny_http is gone, without which nobody could be served.
     fn run(&mut self) -> Result<(), String> {
         let (mut end, mut chores_at, mut warned) = (None, Instant::now(), false);
@@ -352,7 +352,7 @@ impl Gate {
             if let Err(e) = &admitted {
                 let level = if warned { Level::Debug } else { Level::Warn };
                 log!(level, "new connections wait: {e}");
-                self.make_room(); // for poll, too, has a limit of descriptors
+                self.make_room(); // poll, too, fails above the descriptor limit
                 thread::sleep(ACCEPT_PAUSE);
             }
             warned = admitted.is_err();
@@ -365,7 +365,7 @@ impl Gate {
             }
             if self.stopping.load(Ordering::SeqCst) {
                 if self.listener.take().is_some() {
-                    info!("stopping, once running requests and refreshes have ended");
+                    info!("stopping; running requests and refreshes may end first");
                     end = Some(Instant::now() + STOP_TIME);
                     self.connections.retain(|s| s.draining);
                 }
@@ -378,18 +378,18 @@ impl Gate {
         Ok(())
     }
 
-    /// Ends what has not ended by itself, each request with its line in the log.
+    /// Ends what has not ended by itself; a request that waits for upstream gets its log line.
     fn cut_short(&mut self) {
-        // Those that no worker could be had for.
+        // Refuse what is still queued, unless a worker is free.
         let end = |exchange: &mut Exchange| exchange.stream.socket.deadline = Instant::now();
         self.queue.iter_mut().for_each(end);
         let _ = self.dispatch();
         self.connections.clear();
         if self.busy > 0 {
-            warn!("{} requests still run and are cut short", self.busy);
+            warn!("{} requests are still running and are cut short", self.busy);
         }
         let agents = self.proxy.upstreams.iter().map(|u| u.agent.clone());
-        agents.for_each(ureq::Agent::shutdown); // which whoever waits for upstream is told
+        agents.for_each(ureq::Agent::shutdown); // whoever waits for upstream gets an error
         let end = Instant::now() + CUT_TIME;
         while self.busy > 0 && !left_until(end).is_zero() {
             let _ = self.wait(end);
@@ -402,8 +402,8 @@ impl Gate {
         self.connections.len() + self.queue.len() + self.busy
     }
 
-    /// Waits until something happens or is due, `until` at the latest: whether a client can be
-    /// accepted. A connection that can be read is due then.
+    /// Waits until something happens or is due, at most `until`; a readable connection is then due.
+    /// Says whether a client can be accepted.
     fn wait(&mut self, until: Instant) -> io::Result<bool> {
         let waiting = self.queue.first().map(|e| e.stream.socket.deadline);
         let dues = self.connections.iter().map(Stream::due).chain(waiting);
@@ -427,7 +427,7 @@ impl Gate {
 
     fn accept(&mut self) -> io::Result<()> {
         if self.count() >= self.capacity && !self.make_room() {
-            return Err(io::Error::other("all that there may be are busy"));
+            return Err(io::Error::other("the limit is reached, and all are busy"));
         }
         let (tcp, peer) = match self.listener.as_ref().map(TcpListener::accept) {
             None => return Ok(()),
@@ -482,8 +482,8 @@ impl Gate {
         }
     }
 
-    /// Parks an exchange for each worker that has none, with a ticket; refuses those that have
-    /// waited too long for one.
+    /// Parks an exchange, with a ticket, for each worker that has none; refuses exchanges that have
+    /// waited too long.
     fn dispatch(&mut self) -> io::Result<()> {
         if !self.queue.is_empty() {
             self.start_workers();
@@ -513,7 +513,7 @@ fn descriptors(wanted: u64) -> (usize, usize) {
     // Two clients for each: the one that it serves, and one that waits or asks for health.
     let workers = wanted.min(rest / (WORKER_DESCRIPTORS + 2)).max(1);
     if workers < wanted {
-        warn!("the limit of {limit} open files carries {workers} workers, not {wanted}");
+        warn!("raise the limit of {limit} open files: it carries {workers} workers, not {wanted}");
     }
     let rest = rest.saturating_sub(workers * WORKER_DESCRIPTORS).max(1);
     let capacity = rest.min(workers + SPARE_CONNECTIONS);
@@ -533,9 +533,9 @@ fn signals(waker: &UnixStream) -> io::Result<Arc<AtomicBool>> {
     Ok(seen)
 }
 
-/// Listens on the first address that there is, of a name the IPv4 one, and on no other where that
-/// is in use: half of the clients would find somebody else. `[::]` takes IPv4 as well, whatever the
-/// default (net.ipv6.bindv6only): hence not `TcpListener::bind`.
+/// Listens on the first address of the host that works, IPv4 first. If one is in use, no other is
+/// tried: half of the clients would reach another server. `[::]` takes IPv4 as well, whatever
+/// net.ipv6.bindv6only says: hence not `TcpListener::bind`.
 fn listen(host: &str, port: u16) -> io::Result<TcpListener> {
     use rustix::net::{SocketAddrAny, SocketType, bind, listen, socket, sockopt};
     let open = |address: SocketAddr| {
@@ -567,7 +567,7 @@ struct Tls {
     /// How they looked when this was read from them.
     seen: [Option<Stamp>; 2],
     config: Arc<rustls::ServerConfig>,
-    /// How they look if that is not in use, and why, once that was told.
+    /// The last failure that was logged: the files' stamps then, and why.
     told: ([Option<Stamp>; 2], String),
 }
 
@@ -593,7 +593,7 @@ impl Tls {
         })
     }
 
-    /// Takes the certificate from its files, where they are others than before.
+    /// Reads the certificate and its key again, if their files have changed.
     fn renew(&mut self) {
         let now = self.files.each_ref().map(|file| stamp(file));
         if now == self.seen {
@@ -604,7 +604,7 @@ impl Tls {
                 info!("tls: {} is in use", tls.files[0].display());
                 *self = tls;
             }
-            Err(e) if self.told == (now, e.clone()) => {} // it may pass, so it is tried again
+            Err(e) if self.told == (now, e.clone()) => {} // logged already; it may pass
             Err(e) => {
                 error!("tls.{e}; the old certificate stays in use");
                 self.told = (now, e);
@@ -661,7 +661,7 @@ impl Head {
             Ok(httparse::Status::Partial) if !large(bytes) => return Ok(None),
             Ok(_) | Err(httparse::Error::TooManyHeaders) => Err(head_too_large()),
             Err(_) if large(bytes) => Err(head_too_large()),
-            Err(_) if bytes.starts_with(b"\x16") => Err(malformed("https, to an http port")),
+            Err(_) if bytes.starts_with(b"\x16") => Err(malformed("https, but this port is http")),
             Err(e) => Err(malformed(&e.to_string())),
         }?;
         let mut lines = bytes[..length].split_inclusive(|b| *b == b'\n');
@@ -674,7 +674,7 @@ impl Head {
             name.zip(HeaderValue::from_bytes(field.value.trim_ascii()).ok())
         };
         let fields: Option<HeaderMap> = request.headers.iter().map(field).collect();
-        let fields = fields.ok_or_else(|| malformed("a header has no valid name or value"))?;
+        let fields = fields.ok_or_else(|| malformed("a header's name or value is not valid"))?;
         let http10 = request.version == Some(0);
         let head = Head {
             method: request.method.unwrap_or_default().to_owned(),
@@ -690,7 +690,7 @@ impl Head {
         Ok(Some(head))
     }
 
-    /// What makes no request that could be passed on, although each part is right.
+    /// Why it cannot be passed on, although httparse accepted each part.
     fn check(&self) -> Result<(), &'static str> {
         let (method, target) = (self.method.as_str(), self.target.as_str());
         let capitals = method.bytes().all(|b| b.is_ascii_uppercase() || b == b'-');
@@ -704,10 +704,10 @@ impl Head {
             _ if !capitals || method.len() >= TOKEN_LENGTH => Err("the method is not valid"),
             _ if !target.starts_with('/') => Err("the target must be a path"),
             _ if !target.bytes().all(plain) => Err("the target must be percent-encoded"),
-            _ if hosts.is_empty() && !self.http10 => Err("there is no Host"),
+            _ if hosts.is_empty() && !self.http10 => Err("the Host header is missing"),
             _ if !hosts.join(",").bytes().all(hostly) => Err("Host is not one host name"),
-            "HEAD" if !self.body.is_done() => Err("a HEAD has no body"),
-            _ if self.http10 && self.body.chunked => Err("HTTP/1.0 has no chunks"),
+            "HEAD" if !self.body.is_done() => Err("a HEAD request must have no body"),
+            _ if self.http10 && self.body.chunked => Err("HTTP/1.0 needs a Content-Length"),
             _ => Ok(()),
         }
     }
@@ -732,12 +732,12 @@ struct Proxy {
     waker: UnixStream,
 }
 
-/// What tiny_http gets for each exchange: whichever worker it hands it to serves the one that has
-/// been parked longest. Nothing of a client's is in it, so the one that is sent at start proves all.
+/// What tiny_http gets for each exchange: the worker that receives it serves the exchange parked
+/// longest. It holds nothing of a client's, so the one that is sent at start proves them all.
 const TICKET: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
 
-/// Starts tiny_http, and proves the inner connection to it by a first ticket. Its ends meet in a
-/// private folder that is gone by then: in `state_dir`, or among the temporary ones where that is
+/// Starts tiny_http, and proves the inner connection with a first ticket. Its ends meet at a socket
+/// in a private folder, removed at once: in `state_dir`, or with the temporary files where that is
 /// read-only or its path too long for a socket address (107 bytes, unix(7)).
 fn start_server(state_dir: &Path) -> io::Result<(Arc<tiny_http::Server>, UnixStream)> {
     let meet = |folder: PathBuf| {
@@ -775,21 +775,21 @@ impl Proxy {
 fn fence(mut exchange: Exchange, handle: impl FnOnce(&mut Exchange) -> Outcome) -> Verdict {
     exchange.stream.socket.blocking = true;
     let handled = catch_unwind(AssertUnwindSafe(|| handle(&mut exchange)));
-    let fault = |_| Err(Reply::new(500, "a fault of ai-mux; its log says more"));
+    let fault = |_| Err(Reply::new(500, "an internal error of ai-mux; see its log"));
     let outcome = handled.unwrap_or_else(fault);
     let concluded = catch_unwind(AssertUnwindSafe(|| exchange.conclude(outcome)));
     concluded.unwrap_or_default()
 }
 
-/// Whether a request has its whole answer from upstream; if not, the reply; or, with status 0 and
-/// once an answer has begun, why the connection is broken off.
+/// `Ok`: the client has its whole answer from upstream. Else the reply to send; with status 0, or
+/// once an answer has begun, why the connection is broken off instead.
 type Outcome = Result<(), Reply>;
 
 /// A client's request, from its head to its verdict.
 struct Exchange {
     stream: Stream,
     head: Head,
-    /// What was read of the body, so that it can be sent a second time.
+    /// What `hold` read of the body; if that is all of it, it can be sent again.
     held: Cursor<Vec<u8>>,
     /// How much longer the body may be waited for: only time spent waiting for the client counts.
     patience: Duration,
@@ -816,7 +816,7 @@ struct Report {
 impl Exchange {
     fn new(stream: Stream, head: Head, timeout: Duration) -> Exchange {
         Exchange {
-            started: stream.socket.deadline - HEAD_TIME, // with the first byte of its head
+            started: stream.socket.deadline - HEAD_TIME, // when its head's first byte came
             stream,
             head,
             held: Cursor::default(),
@@ -827,7 +827,7 @@ impl Exchange {
         }
     }
 
-    /// Says what is still to be said, writes the log line, and judges what becomes of the stream.
+    /// Sends the reply, if any, writes the log line, and decides what becomes of the stream.
     fn conclude(mut self, outcome: Outcome) -> Verdict {
         let mut last = !self.head.keep_alive || !self.head.body.is_done();
         let begun = self.report.status > 0; // then a reply can only be logged
@@ -909,8 +909,8 @@ impl Proxy {
         relay(answer, exchange, self.config.stream_idle_timeout)
     }
 
-    /// The user's name. All tokens given must be one and the same, and a user's; the comparison
-    /// takes as long for a token that is nearly right, and for every user.
+    /// The user's name. All tokens given must be the same, and a user's. How long this takes tells
+    /// neither how much of a token matched, nor whose.
     fn authenticate(&self, fields: &HeaderMap) -> Result<&str, Reply> {
         if self.config.users.is_empty() {
             // A web page must not use the subscription of whoever looks at it.
@@ -970,10 +970,10 @@ fn bearer_in(value: &HeaderValue) -> &[u8] {
 
 // ─── credential ──────────────────────────────────────────────────────────────────────────────
 // In: a provider's credential file, which its own tools may rewrite at any moment; the token
-// endpoint's answers. Out: an access token that is good now, or why there is none. Everyone
-// reads the file; whoever refreshes or writes it, a request's worker or the keeper, one thread a
-// provider, does so in turn. What cannot happen: two refreshes at once, a token used before it is
-// on disk, a file half written, a log-out undone.
+// endpoint's answers. Out: an access token that is good now, or why there is none. Any thread may
+// read the file; to refresh or write it, a worker or the provider's keeper thread waits its turn.
+// What cannot happen: two refreshes at once, a new token used before a save was tried, a file half
+// written, a log-out undone.
 
 struct Credential {
     provider: &'static Provider,
@@ -986,7 +986,7 @@ struct Credential {
     turn: Mutex<()>,
     /// What everyone looks at, in short locks.
     state: Mutex<State>,
-    /// Wakes the keeper for what it has to try again.
+    /// Wakes the keeper to wait for the next try instead.
     wake_keeper: Condvar,
 }
 
@@ -995,7 +995,7 @@ struct State {
     token: Option<Token>,
     /// How the file looked when it last held a login.
     seen: Option<Stamp>,
-    /// As long as it looks so, it holds the same.
+    /// A file that looks like `seen` need not be read.
     settled: bool,
     /// The access token that the last refresh brought, and when.
     refreshed: Option<(Secret, SystemTime)>,
@@ -1041,7 +1041,7 @@ struct Tokens {
     expires_in: Value,
 }
 
-/// Why a refresh brought nothing, and how long to wait at least: `None` is for ever.
+/// Why a refresh brought nothing, and the least wait: `None` is until the file changes.
 type RefreshError = (String, Option<Duration>);
 
 impl State {
@@ -1053,7 +1053,7 @@ impl State {
         last.is_some_and(|(access, at)| *access == token.access && young(at))
     }
 
-    /// The token, if it must be refreshed, `margin` before its end, and may be now.
+    /// The token, if it was `rejected` or ends within `margin`, and may be refreshed.
     fn due(&self, margin: Duration, rejected: Option<&Secret>) -> Option<&Token> {
         let token = self.token.as_ref()?;
         let waits = match &self.failure {
@@ -1084,7 +1084,7 @@ impl Credential {
         let mut state = self.reload(false);
         if let Some(old) = state.due(TOKEN_MARGIN, None).cloned() {
             drop(state);
-            self.turn.clear_poison(); // as `lock` takes it
+            self.turn.clear_poison(); // or `try_lock` would fail
             let turn = self.turn.try_lock().ok();
             if turn.is_none() && old.lasts(Duration::ZERO) {
                 return Ok(old);
@@ -1126,7 +1126,7 @@ impl Credential {
 
     /// The keeper: looks at the login every `interval`, and when there is something to try again.
     fn keep(&self) {
-        let mut woken = false; // early, to wait for another time
+        let mut woken = false; // early, only to set a new wait
         while !lock(&self.state).stopping {
             if !woken {
                 let _ = catch_unwind(AssertUnwindSafe(|| self.look()));
@@ -1159,7 +1159,7 @@ impl Credential {
     /// Refreshes a token that is due.
     fn refresh_if_due(&self, _turn: MutexGuard<()>, margin: Duration, rejected: Option<&Secret>) {
         let due = || self.reload(true).due(margin, rejected).cloned();
-        // Again, if the file wins over the refresh with a login that is due itself.
+        // Again if the file had another login, which then wins, and that is due too.
         while let Some(old) = due() {
             if let Err((why, least)) = self.refresh(&old) {
                 // Another tool may have refreshed meanwhile; then its login is the newer one.
@@ -1175,7 +1175,7 @@ impl Credential {
     fn fail(&self, state: &mut State, why: String, least: Option<Duration>) {
         let (name, remedy) = (self.provider.name, self.remedy());
         let Some(least) = least else {
-            error!("{name}: refresh: {why}; it is down until its file changes; {remedy}");
+            error!("{name}: refresh: {why}; down until its file changes; {remedy}");
             state.failure = Some((format!("{why}; {remedy}"), None));
             return;
         };
@@ -1188,25 +1188,25 @@ impl Credential {
         self.wake_keeper.notify_all();
     }
 
-    /// Spends a refresh token, but first finds out what could keep its yield from being saved.
+    /// Spends a refresh token, but first makes sure that what it brings can be saved.
     fn refresh(&self, old: &Token) -> Result<(), RefreshError> {
         let passing = |why| (why, Some(Duration::ZERO));
         if lock(&self.state).unsaved.is_some() {
-            return Err(passing("the last one is not on disk yet".into()));
+            return Err(passing("the last refresh is not on disk yet".into()));
         }
         // Another ai-mux may have a link to it, in a state_dir of its own.
         let claim = File::open(&self.path).ok();
         let claimed = claim.as_ref().map(File::try_lock);
         if matches!(claimed, Some(Err(fs::TryLockError::WouldBlock))) {
-            let why = "another ai-mux refreshes it, or another program has locked its file";
+            let why = "another ai-mux is refreshing it, or another program has locked its file";
             return Err(passing(why.into()));
         }
         let size = fs::metadata(&self.path).map_or(0, |meta| meta.len());
         let room = size.min(FILE_SIZE) + TOKEN_SIZE; // a larger file is refused anyway
         let rehearsed = self.replace(&" ".repeat(room as usize), None);
         rehearsed.map_err(passing)?;
-        // The new tokens are edited into this file; and the rehearsal takes its time, in which
-        // another tool may have been here: then its login holds.
+        // The file must be whole, as the new tokens are edited into it; and if another tool changed
+        // its login during the rehearsal, that login holds.
         let (.., found) = self.read().map_err(|e| passing(e.to_string()))?;
         if found != *old {
             return Ok(());
@@ -1220,7 +1220,7 @@ impl Credential {
         Ok(())
     }
 
-    /// Asks the token endpoint. Of its answer, nothing but the `error` word is ever shown.
+    /// Asks the token endpoint. Of its answer, only status and `error` word are ever shown.
     fn request_token(&self, old: &Token) -> Result<Token, RefreshError> {
         let (provider, url) = (self.provider, &self.token_url);
         let passing = |e: &dyn Display| (format!("{url}: {e}"), Some(Duration::ZERO));
@@ -1246,7 +1246,7 @@ impl Credential {
         let new = secret_in(&found.refresh_token);
         // What the answer leaves out stays as it was.
         let access = secret_in(&found.access_token).or(new.as_ref().map(|_| old.access.clone()));
-        let access = access.ok_or_else(|| passing(&"its answer has no token, or no end"))?;
+        let access = access.ok_or_else(|| passing(&"the answer is cut off, or has no token"))?;
         let lifetime = found.expires_in.as_f64();
         let lifetime = lifetime.map(|seconds| seconds.clamp(LIFETIME_MIN, LIFETIME_MAX));
         let expires = lifetime.map(|s| SystemTime::now() + Duration::from_secs_f64(s));
@@ -1283,7 +1283,7 @@ impl Credential {
         }
     }
 
-    /// Writes a new token into the file, unless that has a newer login; and what it has then.
+    /// Writes a new token into the file, unless that has another login; returns what it then has.
     fn write(&self, old: &Token, new: &Token) -> Result<Token, String> {
         let (read, mut json, found) = self.read().map_err(|e| e.to_string())?;
         if found.refresh == old.refresh {
@@ -1294,20 +1294,20 @@ impl Credential {
     }
 
     /// Replaces the file whole, through links: a new one is written beside it, synced, and renamed
-    /// over it, if that is still the one that was `read`. Without, it is a rehearsal of all but that.
+    /// over it if it still looks as it was `read`. Without `read`, all but the rename is rehearsed.
     fn replace(&self, text: &str, read: Option<Stamp>) -> Result<(), String> {
         let name = self.path.display();
         let failed =
             |e| format!("{name} cannot be replaced: {e}; its folder must be writable, with room");
         let target = self.path.canonicalize().map_err(failed)?;
-        // A rehearsal's has a name of its own: nobody may ever put it in place.
+        // A rehearsal uses another name, so that its blanks can never be put in place.
         let suffix = read.map_or("ai-mux-try", |_| "ai-mux-new");
         let new = PathBuf::from([target.as_os_str(), suffix.as_ref()].join(".".as_ref()));
         let _ = fs::remove_file(&new); // left behind by kill -9
         // A file that is mounted by itself cannot be linked to, nor replaced (link(2), EXDEV).
         let crosses = |e: io::Error| e.kind() == ErrorKind::CrossesDevices;
         if read.is_none() && fs::hard_link(&target, &new).is_err_and(crosses) {
-            return Err(format!("{name} is a mount by itself; mount its folder"));
+            return Err(format!("{name} is mounted by itself; mount its folder"));
         }
         let _ = fs::remove_file(&new);
         let put = || {
@@ -1337,8 +1337,8 @@ impl Credential {
         }
         state.settled = false;
         let only_copy = state.unsaved.is_some();
-        // Whether the token still serves: not after a log-out; where the file cannot be used as it
-        // is, only one that is nowhere else.
+        // Whether the token in memory still serves: not after a log-out; if the file is unusable,
+        // only as the only copy.
         let kept = |e: &io::Error| match e.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => false,
             ErrorKind::InvalidInput | ErrorKind::PermissionDenied => only_copy,
@@ -1392,7 +1392,7 @@ impl Credential {
             return Err(self.lack(ErrorKind::PermissionDenied, &what));
         }
         if !meta.is_file() || meta.len() > FILE_SIZE {
-            return Err(self.lack(ErrorKind::InvalidInput, "is no credential file"));
+            return Err(self.lack(ErrorKind::InvalidInput, "is no regular file, or too large"));
         }
         if meta.mode() & 0o077 != 0 {
             let tried = fs::set_permissions(&self.path, Permissions::from_mode(0o600));
@@ -1404,7 +1404,7 @@ impl Credential {
         let bytes = fs::read(&self.path).map_err(failed)?;
         let json = serde_json::from_slice(&bytes).ok();
         let json = json.filter(|_| stamp(&self.path) == before);
-        let torn = || self.lack(ErrorKind::InvalidData, "is not whole JSON, as yet");
+        let torn = || self.lack(ErrorKind::InvalidData, "is not whole JSON yet");
         let (read, json) = before.zip(json).ok_or_else(torn)?;
         let empty = || self.lack(ErrorKind::NotFound, "holds no login");
         let token = self.provider.token_in(&json).ok_or_else(empty)?;
@@ -1420,7 +1420,7 @@ impl Credential {
         io::Error::new(kind, format!("{name} {what}; {remedy}"))
     }
 
-    /// Through links, where they can be followed; quoted as a shell takes it.
+    /// The file's folder, links resolved if possible, in double quotes for a shell.
     fn folder(&self) -> String {
         let path = self.path.canonicalize().unwrap_or(self.path.clone());
         format!("{:?}", path.parent().unwrap_or(&path))
@@ -1484,7 +1484,7 @@ struct Provider {
     token_url: &'static str,
     /// What stands between `base_url` and all that comes behind `/v1/` in the client's path.
     prefix: &'static str,
-    /// Added to `anthropic-beta`; without it, `anthropic-*` is dropped.
+    /// Added to `anthropic-beta`; without it, `anthropic-*` is dropped and the account is sent.
     beta: Option<&'static str>,
     client_id: &'static str,
     scope: Option<&'static str>,
@@ -1701,7 +1701,7 @@ fn roots() -> Result<RootCerts, String> {
     Ok(found.iter().map(|der| owned(der)).into())
 }
 
-/// How upstream is reached, for requests and for refreshes: everything automatic is off.
+/// How upstream is reached, for requests and refreshes: no redirect, no header of ureq's own.
 fn agent(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentConfig, String> {
     let uri: http::Uri = url.parse().map_err(|e| format!("{url}: {e}"))?;
     let mut proxy = config.proxy.clone();
@@ -1755,8 +1755,8 @@ fn is_loopback(uri: &http::Uri) -> bool {
     host == "localhost" || host.parse().is_ok_and(|ip: IpAddr| ip.is_loopback())
 }
 
-/// Looks a name up for ureq, which asks before each request, even for a kept connection. What is
-/// known is good for `LOOKUP_AGE`, and for longer while no name server answers.
+/// Looks a name up for ureq, which asks before each request, even for a kept connection. What was
+/// found is good for `LOOKUP_AGE`, and for longer while new look-ups fail.
 #[derive(Debug, Default)]
 struct Lookup(Mutex<BTreeMap<String, (Instant, ResolvedSocketAddrs)>>);
 
@@ -1784,9 +1784,9 @@ thread_local! {
     static WAIT_END: Cell<Instant> = Cell::new(Instant::now());
 }
 
-/// A transport of ureq's that waits until `WAIT_END`, and is open only if nothing is left to read; as
-/// `Deadline<()>` it makes such a one of any. ureq's own limits know no silence in a body alone, and
-/// begin anew with each phase of a request.
+/// A ureq transport that waits until `WAIT_END`, and is open only if nothing is left to read;
+/// `Deadline<()>` makes one of any other. ureq's own limits start anew with each phase of a
+/// request, and know no silence in a body alone.
 #[derive(Debug)]
 struct Deadline<T>(T);
 
@@ -1800,10 +1800,10 @@ impl<T: Transport> Connector<T> for Deadline<()> {
     }
 }
 
-/// What is left until `WAIT_END`, or of a shorter time: `is_open` waits for none, and behind a proxy
-/// one is in another.
+/// `time`, or what is left until `WAIT_END` if less: `is_open` asks for none, and behind a proxy
+/// one `Deadline` is inside another.
 fn in_time(mut time: NextTimeout) -> NextTimeout {
-    // In tenths: the same each time, as a rule, so that the socket need not be told anew.
+    // In tenths of a second: mostly the same again, so that the socket need not be set anew.
     let left = left_until(WAIT_END.get()).as_micros();
     let left = Duration::from_micros(left.next_multiple_of(100_000) as u64);
     time.after = time.after.min(left.into());
@@ -1916,7 +1916,7 @@ struct Stream {
     buffered: Vec<u8>,
     /// A part of a TLS record has come.
     partial: bool,
-    /// In the gate: it is to be read, as its socket tells, or as the socket may not tell.
+    /// The gate must read it: its socket is readable, or data may be buffered above that.
     recheck: bool,
     /// After its last answer: what still comes is dropped.
     draining: bool,
@@ -2012,7 +2012,7 @@ impl Stream {
         Ok(count)
     }
 
-    /// Reads on in the gate, for one turn: the next head, once it is whole.
+    /// Reads on in the gate, twice at most. Returns the next head, once it is whole.
     fn read_on(&mut self) -> Result<Option<Head>, Reply> {
         self.recheck = false;
         for _ in 0..2 {
@@ -2028,7 +2028,7 @@ impl Stream {
             }
             match read.map_err(|e| (e.kind(), e)) {
                 Ok(1..) => {}
-                Ok(0) => return Err(broken("it has ended")),
+                Ok(0) => return Err(broken("the client ended it")),
                 Err((ErrorKind::WouldBlock, _)) => return Ok(None),
                 Err((ErrorKind::TimedOut, _)) if !self.buffered.is_empty() => {
                     return Err(Reply::new(408, "the head came too slowly; send it at once"));
@@ -2064,8 +2064,8 @@ impl Stream {
 }
 
 impl Exchange {
-    /// Reads the body into memory, whole if it is small. A large one that says its size is not
-    /// read at all; of one that does not, its beginning.
+    /// Reads a small body into memory whole. Of a large one, nothing is read if its size is known,
+    /// else its first `HELD_SIZE`.
     fn hold(&mut self) -> Outcome {
         if self.head.body.left > HELD_SIZE {
             return Ok(());
@@ -2087,7 +2087,7 @@ impl Exchange {
         let earned = Duration::from_secs(count as u64) / BODY_RATE;
         self.patience = (self.patience + earned).saturating_sub(began.elapsed());
         if open {
-            WAIT_END.set(Instant::now() + self.timeout); // which counts from the last of it
+            WAIT_END.set(Instant::now() + self.timeout); // it counts from the body's end
         }
         Ok(count)
     }
@@ -2103,7 +2103,7 @@ impl Read for Exchange {
             Ok(_) if self.head.body.received > BODY_SIZE => body_too_large(),
             Ok(count) => return Ok(count),
             Err(e) => match e.kind() {
-                ErrorKind::TimedOut => Reply::new(408, "the body came too slowly"),
+                ErrorKind::TimedOut => Reply::new(408, "the body came too slowly; send it faster"),
                 ErrorKind::UnexpectedEof => malformed("the body ended early; send all of it"),
                 ErrorKind::InvalidData => malformed(&e.to_string()),
                 _ => broken("the client went away while it sent the body"),
@@ -2207,7 +2207,7 @@ fn relay(answer: Answer, exchange: &mut Exchange, silence: Duration) -> Outcome 
     let peer = exchange.stream.peer;
     debug!("peer={peer} answer: {}", shown(&parts.headers, |_| false));
     if parts.status.is_informational() {
-        return Err(Reply::new(502, "upstream answered 101, though not asked"));
+        return Err(Reply::new(502, "upstream answered 101 unasked; try again"));
     }
     exchange.report.status = parts.status.as_u16();
     let request_id = parts.headers.get("request-id");
@@ -2373,7 +2373,7 @@ fn user(entry: Yaml) -> Result<User, String> {
         let text = fs::read_to_string(&path).map_err(failed)?;
         let token = entry.insert("token".into(), text.trim().into());
         if token.is_some_and(|token| !token.is_null()) {
-            return Err(format!("{name:?}: expected token or token_file"));
+            return Err(format!("{name:?}: expected token or token_file, not both"));
         }
     }
     let token = field("token", entry, "", TOKEN).map_err(|e| format!("{name:?}: {e}"))?;
@@ -2416,7 +2416,7 @@ fn repeated<T>(items: &[T], same: impl Fn(&T, &T) -> bool) -> Option<&T> {
     (1..items.len()).find(again).map(|at| &items[at])
 }
 
-/// Why the file is none, without what is quoted of it, unless that could be a field's name.
+/// Why the file cannot be parsed, quoting nothing but what looks like a repeated field's name.
 fn unquoted(e: impl Display) -> String {
     let mut text = e.to_string();
     let letter = |b: u8| b == b'_' || b.is_ascii_lowercase();
@@ -2432,21 +2432,21 @@ fn unquoted(e: impl Display) -> String {
 
 /// The fields of a part of the file, none of them unknown.
 fn fields(part: Yaml, known: &str) -> Result<Mapping, String> {
-    let wrong = |_| "found what is not shown, expected NAME: VALUE lines";
+    let wrong = |_| "found something (not shown), expected NAME: VALUE lines";
     let found: Option<Mapping> = serde_yaml::from_value(part).map_err(wrong)?;
     let found = found.unwrap_or_default();
     let unknown = |key: &&Yaml| !known.split(' ').any(|name| key.as_str() == Some(name));
     let Some(key) = found.keys().find(unknown) else {
         return Ok(found);
     };
-    // A user's could be a token, if the space behind its colon was left out, or NAME: before it.
+    // A user's key could be a token, with no space after its colon, or no NAME: before it.
     let key = key.as_str().and_then(|key| key.split(':').next());
     let short = key.filter(|key| key.len() < TOKEN_LENGTH || !known.contains("token_file"));
-    let key = short.unwrap_or("what is not shown");
-    Err(format!("{key}: is unknown, expected one of: {known}"))
+    let key = short.unwrap_or("a field (not shown)");
+    Err(format!("{key}: unknown, expected one of: {known}"))
 }
 
-/// What a field, or its default, stands for; one without a value is as good as none.
+/// The checked value of a field, or of its default; null counts as absent.
 fn field<T>(name: &str, of: &mut Mapping, or: impl Into<Yaml>, kind: Kind<T>) -> Result<T, String> {
     let (right, made) = kind;
     let found = of.remove(name).filter(|found| !found.is_null());
@@ -2457,14 +2457,14 @@ fn field<T>(name: &str, of: &mut Mapping, or: impl Into<Yaml>, kind: Kind<T>) ->
     let secret = ["token", "users", "headers", "proxy"].contains(&name);
     let secret = secret || marks.iter().any(|mark| text.contains(mark));
     let shown = match &value {
-        Yaml::Mapping(_) | Yaml::Sequence(_) | Yaml::Tagged(_) => "what has parts",
-        _ if secret => "what is not shown",
+        Yaml::Mapping(_) | Yaml::Sequence(_) | Yaml::Tagged(_) => "a nested value",
+        _ if secret => "something (not shown)",
         _ => &text,
     };
     made(&value).ok_or_else(|| format!("{name}: found {shown}, expected {right}"))
 }
 
-/// What a field can be, in words; and what a value stands for, if it is that.
+/// What a field may be, in words; and its parser, `None` for anything else.
 type Kind<T> = (&'static str, fn(&Yaml) -> Option<T>);
 
 const BOOL: Kind<bool> = ("true or false", Yaml::as_bool);
@@ -2503,7 +2503,7 @@ const LEVEL: Kind<LevelFilter> = ("debug, info, warn or error", |value| {
 
 const DURATION: Kind<Duration> = ("60s, 1h30m or the like, or seconds", |value| {
     let seconds = value.as_u64().map(Duration::from_secs);
-    // humantime knows months, too.
+    // humantime also knows days and up.
     let short = |text: &&str| !text.contains(|c| "Mdiwy".contains(c));
     let text = value.as_str().filter(short);
     let time = seconds.or_else(|| humantime::parse_duration(text?).ok())?;
@@ -2518,7 +2518,7 @@ const WORKERS: Kind<u64> = ("a number from 1 to 65535", |value| {
     value.as_u64().filter(|count| (1..=65535).contains(count))
 });
 
-const PROXY: Kind<Option<ureq::Proxy>> = ("http://HOST:PORT, socks5://HOST:PORT", |value| {
+const PROXY: Kind<Option<ureq::Proxy>> = ("http://HOST:PORT or socks5://HOST:PORT", |value| {
     let text = value.as_str()?;
     let proxy = whole_uri(text).and(ureq::Proxy::new(text).ok());
     (text.is_empty() || proxy.is_some()).then_some(proxy)
@@ -2528,7 +2528,7 @@ const PROVIDER: Kind<&Provider> = ("claude or chatgpt", |value| {
     PROVIDERS.iter().find(|p| Some(p.name) == value.as_str())
 });
 
-const NAME: Kind<String> = ("a name without control characters, not -", |value| {
+const NAME: Kind<String> = ("a name, but not -, without control characters", |value| {
     let name = value.as_str()?;
     let fine = !name.is_empty() && name != "-" && !name.contains(char::is_control);
     fine.then(|| name.to_owned())
@@ -2643,8 +2643,8 @@ fn body_too_large() -> Reply {
 }
 
 // ─── log ─────────────────────────────────────────────────────────────────────────────────────
-// In: records of this program and its crates. Out: lines on standard error. No secret, and
-// nothing that a client chose, gets here unless it was checked or escaped.
+// In: records of this program and its crates. Out: lines on standard error. No secret gets here;
+// what a client chose does only if it was checked or escaped.
 
 impl Exchange {
     /// One line per request.
@@ -2674,8 +2674,8 @@ impl Exchange {
     }
 }
 
-/// Header fields for the log: the names of all, the values of those that are known to hold
-/// neither a secret nor anything personal.
+/// Header fields for the log: the names of all but a long or secret one, the values of those that
+/// are known to hold neither a secret nor anything personal.
 fn shown(headers: &HeaderMap, secret: impl Fn(&[u8]) -> bool) -> String {
     const HARMLESS: &str = "accept accept-encoding anthropic-beta anthropic-version connection \
         content-encoding content-length content-type date request-id retry-after \
@@ -2722,7 +2722,7 @@ fn start_log(level: LevelFilter) {
     // At debug and trace, ureq prints heads with tokens in them.
     let logger = simple_logger::SimpleLogger::new().with_level(level.min(LevelFilter::Warn));
     let logger = logger.with_module_level("ai_mux", level);
-    // A panic's message could hold anything; its place is enough. Not eprintln!, see above.
+    // A panic's message could hold anything; its place is enough. Not eprintln!, as in `main`.
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string);
         let place = place.unwrap_or_default();

@@ -302,7 +302,7 @@ fn two_that_are_linked_to_one_login_do_not_spend_it_twice() {
     let answer = second.message();
     assert_eq!(answer.status, 503);
     assert!(
-        answer.error().contains("another ai-mux refreshes it"),
+        answer.error().contains("another ai-mux is refreshing it"),
         "{}",
         answer.text()
     );

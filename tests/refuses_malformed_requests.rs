@@ -109,7 +109,7 @@ fn a_tls_handshake_is_told_that_this_is_none() {
     let hello = b"\x16\x03\x01\x00\x05\x01\x00\x00\x01\x03";
     let said = String::from_utf8_lossy(&mux.client().send(hello).rest()).into_owned();
     assert!(said.starts_with("HTTP/1.1 400 "), "{said}");
-    assert!(said.contains("https, to an http port"), "{said}");
+    assert!(said.contains("https, but this port is http"), "{said}");
 }
 
 /// Fields, RFC 9112 sections 3.2 and 5, RFC 9110 section 5. Each goes into a head that is fine without it.
