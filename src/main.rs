@@ -644,12 +644,13 @@ fn lists(fields: &HeaderMap, name: &str, item: &str) -> bool {
 }
 
 impl Head {
-    /// Takes the head at the start of `bytes`, once it is whole.
-    fn take(bytes: &mut Vec<u8>) -> Result<Option<Head>, Reply> {
+    /// Takes the head at the start of what is `buffered`, once it is whole.
+    fn take(buffered: &mut VecDeque<u8>) -> Result<Option<Head>, Reply> {
         // One empty line before a request is nothing (RFC 9112 section 2.2).
-        if bytes.starts_with(b"\r\n") {
-            bytes.drain(..2);
+        if buffered.iter().take(2).eq(b"\r\n") {
+            buffered.drain(..2);
         }
+        let bytes = &*buffered.make_contiguous();
         let mut fields = [httparse::EMPTY_HEADER; FIELD_COUNT];
         let mut request = httparse::Request::new(&mut fields);
         let large = |head: &[u8]| {
@@ -686,7 +687,7 @@ impl Head {
             fields,
         };
         head.check().map_err(malformed)?;
-        *bytes = bytes.split_off(length); // an idle connection holds no buffer
+        buffered.drain(..length);
         Ok(Some(head))
     }
 
@@ -905,7 +906,8 @@ impl Proxy {
             exchange.held.set_position(0);
             answer = upstream.send(&url, &newer, exchange)?;
         }
-        exchange.held = Cursor::default();
+        exchange.held = Cursor::default(); // the answer may take long
+        exchange.stream.buffered.shrink_to_fit();
         relay(answer, exchange, self.config.stream_idle_timeout)
     }
 
@@ -1913,7 +1915,7 @@ struct Stream {
     peer: SocketAddr,
     tls: Option<Box<rustls::ServerConnection>>,
     /// Read from the client but not used yet: it travels with the stream.
-    buffered: Vec<u8>,
+    buffered: VecDeque<u8>,
     /// A part of a TLS record has come.
     partial: bool,
     /// The gate must read it: its socket is readable, or data may be buffered above that.
@@ -1924,22 +1926,10 @@ struct Stream {
 
 impl Read for Stream {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let count = self.fill_buf()?.read(out)?;
-        self.consume(count);
-        Ok(count)
-    }
-}
-
-impl BufRead for Stream {
-    fn fill_buf(&mut self) -> io::Result<&[u8]> {
         if self.buffered.is_empty() {
             self.fill()?;
         }
-        Ok(&self.buffered)
-    }
-
-    fn consume(&mut self, count: usize) {
-        self.buffered = self.buffered.split_off(count); // an idle connection holds no buffer
+        self.buffered.read(out)
     }
 }
 
@@ -1953,7 +1943,7 @@ impl Stream {
             },
             peer,
             tls: tls.map(Box::new),
-            buffered: Vec::new(),
+            buffered: VecDeque::new(),
             partial: false,
             recheck: true,
             draining: false,
@@ -1964,6 +1954,7 @@ impl Stream {
     /// The stream as it is in the gate: between two heads, or after its last answer.
     fn enter_gate(mut self) -> Stream {
         self.partial = false;
+        self.buffered.shrink_to_fit(); // an idle connection holds none
         self.socket.blocking = false;
         self.socket.deadline = Instant::now() + self.allowance();
         // What was read already, the socket does not tell of.
@@ -2008,7 +1999,7 @@ impl Stream {
                 break read?;
             }
         };
-        self.buffered.extend_from_slice(&chunk[..count]);
+        self.buffered.extend(&chunk[..count]);
         Ok(count)
     }
 
@@ -2147,7 +2138,7 @@ impl Body {
         self.left == 0 && !self.chunked
     }
 
-    fn read(&mut self, source: &mut impl BufRead, out: &mut [u8]) -> io::Result<usize> {
+    fn read(&mut self, source: &mut impl Read, out: &mut [u8]) -> io::Result<usize> {
         if self.chunked && self.left == 0 {
             self.next_chunk(source)?;
         }
@@ -2164,7 +2155,7 @@ impl Body {
     }
 
     /// Reads a chunk's size and, after the last one, the trailers.
-    fn next_chunk(&mut self, source: &mut impl BufRead) -> io::Result<()> {
+    fn next_chunk(&mut self, source: &mut impl Read) -> io::Result<()> {
         if self.received > 0 && !chunk_line(source)?.is_empty() {
             return Err(invalid("a chunk is longer than its size"));
         }
@@ -2187,9 +2178,10 @@ fn invalid(why: &str) -> io::Error {
     io::Error::new(ErrorKind::InvalidData, why)
 }
 
-fn chunk_line(source: &mut impl BufRead) -> io::Result<String> {
-    let mut line = String::new();
-    source.take(LINE_SIZE as u64).read_line(&mut line)?;
+fn chunk_line(source: &mut impl Read) -> io::Result<String> {
+    let (source, mut line) = (source.take(LINE_SIZE as u64), String::new());
+    // By the byte: what follows is not the line's.
+    io::BufReader::with_capacity(1, source).read_line(&mut line)?;
     let plain = |text: &&str| text.bytes().all(|b| matches!(b, b'\t' | b' '..=b'~'));
     let text = line.strip_suffix("\r\n").filter(plain);
     let wrong = || invalid("a line between chunks is cut off, too long, or not plain");

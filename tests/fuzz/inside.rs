@@ -26,7 +26,7 @@ pub enum Length {
 /// none if it is not whole, or the status of the refusal.
 pub fn head(bytes: &[u8]) -> Result<Option<(Admitted, usize)>, u16> {
     let mut stream = stream(silent());
-    stream.buffered = bytes.to_vec();
+    stream.buffered = bytes.to_vec().into();
     let head = match stream.read_on() {
         Ok(head) => head,
         Err(end) if end.status == 0 => panic!("{}", end.message),
