@@ -156,7 +156,7 @@ const STOP_TIME: Duration = Duration::from_secs(10);
 /// For those that are cut short then, to say so in the log.
 const CUT_TIME: Duration = Duration::from_secs(1);
 /// Longer than anything takes, and short enough to be added to any clock.
-const FOREVER: Duration = Duration::from_secs(365 * 86400);
+const DURATION_MAX: Duration = Duration::from_secs(365 * 86400);
 
 // ─── main ────────────────────────────────────────────────────────────────────────────────────
 // In: the command line. Out: an exit code: 0, 1 for a failure to start or run, 2 for
@@ -187,7 +187,7 @@ fn run() -> Result<(), (u8, String)> {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     let words: Vec<_> = arguments.iter().map(|a| a.to_str()).collect();
     let config = match words[..] {
-        [] => Config::read(Yaml::Null),
+        [] => Config::from_yaml(Yaml::Null),
         [Some("--config"), _] => Config::load(Path::new(&arguments[1])),
         [Some("--help")] => return print(HELP),
         [Some("--version")] => return print(concat!("ai-mux ", env!("CARGO_PKG_VERSION"), "\n")),
@@ -279,10 +279,6 @@ struct Gate {
     stopping: Arc<AtomicBool>,
 }
 
-/// What becomes of a stream after an answer. `None`: the connection is gone, without a final
-/// chunk or TLS close_notify. Else the next head may come; or no more, if the stream is draining.
-type Verdict = Option<Stream>;
-
 impl Gate {
     fn open(mut config: Config) -> Result<Gate, String> {
         let failed = |e: io::Error| format!("start: {e}");
@@ -335,9 +331,9 @@ impl Gate {
     /// Serves until a signal comes and what then runs has ended, or had `STOP_TIME`; or until
     /// tiny_http is gone, without which nobody could be served.
     fn run(&mut self) -> Result<(), String> {
-        let (mut end, mut chores_at, mut warned) = (None, Instant::now(), false);
-        while end.is_none_or(|end| self.count() > 0 && !left_until(end).is_zero()) {
-            let waited = self.wait(end.map_or(chores_at, |end| chores_at.min(end)));
+        let (mut stop_at, mut chores_at, mut warned) = (None, Instant::now(), false);
+        while stop_at.is_none_or(|at| self.connection_count() > 0 && !left_until(at).is_zero()) {
+            let can_accept = self.wait(stop_at.map_or(chores_at, |at| chores_at.min(at)));
             let is_due = |stream: &mut Stream| left_until(stream.due()).is_zero();
             let due: Vec<_> = self.connections.extract_if(.., is_due).collect();
             for stream in due {
@@ -348,7 +344,7 @@ impl Gate {
             self.busy -= verdicts.len();
             self.connections.extend(verdicts.into_iter().flatten());
             self.dispatch().map_err(|e| format!("tiny_http: {e}"))?;
-            let admitted = waited.and_then(|any| if any { self.accept() } else { Ok(()) });
+            let admitted = can_accept.and_then(|any| if any { self.accept() } else { Ok(()) });
             if let Err(e) = &admitted {
                 let level = if warned { Level::Debug } else { Level::Warn };
                 log!(level, "new connections wait: {e}");
@@ -366,7 +362,7 @@ impl Gate {
             if self.stopping.load(Ordering::SeqCst) {
                 if self.listener.take().is_some() {
                     info!("stopping; running requests and refreshes may end first");
-                    end = Some(Instant::now() + STOP_TIME);
+                    stop_at = Some(Instant::now() + STOP_TIME);
                     self.connections.retain(|s| s.draining);
                 }
                 for stream in self.connections.iter_mut().filter(|s| !s.draining) {
@@ -381,8 +377,8 @@ impl Gate {
     /// Ends what has not ended by itself; a request that waits for upstream gets its log line.
     fn cut_short(&mut self) {
         // Refuse what is still queued, unless a worker is free.
-        let end = |exchange: &mut Exchange| exchange.stream.socket.deadline = Instant::now();
-        self.queue.iter_mut().for_each(end);
+        let expire = |exchange: &mut Exchange| exchange.stream.socket.deadline = Instant::now();
+        self.queue.iter_mut().for_each(expire);
         let _ = self.dispatch();
         self.connections.clear();
         if self.busy > 0 {
@@ -398,7 +394,7 @@ impl Gate {
     }
 
     /// How many connections there are.
-    fn count(&self) -> usize {
+    fn connection_count(&self) -> usize {
         self.connections.len() + self.queue.len() + self.busy
     }
 
@@ -420,13 +416,13 @@ impl Gate {
             let _ = (&self.wakes).read(&mut [0; 64]);
         }
         for (stream, readable) in self.connections.iter_mut().zip(&mut ready) {
-            stream.recheck |= readable;
+            stream.must_read |= readable;
         }
         Ok(ready.next() == Some(true))
     }
 
     fn accept(&mut self) -> io::Result<()> {
-        if self.count() >= self.capacity && !self.make_room() {
+        if self.connection_count() >= self.capacity && !self.make_room() {
             return Err(io::Error::other("the limit is reached, and all are busy"));
         }
         let (tcp, peer) = match self.listener.as_ref().map(TcpListener::accept) {
@@ -468,20 +464,6 @@ impl Gate {
         self.queue.push(exchange);
     }
 
-    /// As many as are needed, and some to spare, as long as there may be more.
-    fn start_workers(&mut self) {
-        let wanted = self.busy + self.queue.len() + SPARE_WORKERS;
-        while self.running < wanted.min(self.workers) {
-            let (server, proxy) = (self.server.clone(), self.proxy.clone());
-            let work = move || server.incoming_requests().for_each(|t| proxy.serve(t));
-            if let Err(e) = spawn("worker", work) {
-                let level = [Level::Debug, Level::Warn][(self.busy == self.running) as usize];
-                return log!(level, "start a worker: {e}");
-            }
-            self.running += 1;
-        }
-    }
-
     /// Parks an exchange, with a ticket, for each worker that has none; refuses exchanges that have
     /// waited too long.
     fn dispatch(&mut self) -> io::Result<()> {
@@ -499,6 +481,20 @@ impl Gate {
             self.connections.extend(exchange.conclude(Err(busy)));
         }
         Ok(())
+    }
+
+    /// As many as are needed, and some to spare, as long as there may be more.
+    fn start_workers(&mut self) {
+        let wanted = self.busy + self.queue.len() + SPARE_WORKERS;
+        while self.running < wanted.min(self.workers) {
+            let (server, proxy) = (self.server.clone(), self.proxy.clone());
+            let work = move || server.incoming_requests().for_each(|t| proxy.serve(t));
+            if let Err(e) = spawn("worker", work) {
+                let level = [Level::Debug, Level::Warn][(self.busy == self.running) as usize];
+                return log!(level, "start a worker: {e}");
+            }
+            self.running += 1;
+        }
     }
 }
 
@@ -568,7 +564,7 @@ struct Tls {
     seen: [Option<Stamp>; 2],
     config: Arc<rustls::ServerConfig>,
     /// The last failure that was logged: the files' stamps then, and why.
-    told: ([Option<Stamp>; 2], String),
+    logged: ([Option<Stamp>; 2], String),
 }
 
 impl Tls {
@@ -589,7 +585,7 @@ impl Tls {
             files,
             seen,
             config: Arc::new(config),
-            told: Default::default(),
+            logged: Default::default(),
         })
     }
 
@@ -597,17 +593,17 @@ impl Tls {
     fn renew(&mut self) {
         let now = self.files.each_ref().map(|file| stamp(file));
         if now == self.seen {
-            return self.told = Default::default();
+            return self.logged = Default::default();
         }
         match Tls::open(self.files.clone()) {
             Ok(tls) => {
                 info!("tls: {} is in use", tls.files[0].display());
                 *self = tls;
             }
-            Err(e) if self.told == (now, e.clone()) => {} // logged already; it may pass
+            Err(e) if self.logged == (now, e.clone()) => {} // logged already; it may pass
             Err(e) => {
                 error!("tls.{e}; the old certificate stays in use");
-                self.told = (now, e);
+                self.logged = (now, e);
             }
         }
     }
@@ -632,17 +628,6 @@ struct Head {
     keep_alive: bool,
 }
 
-/// The items of a field that is a list (RFC 9110 section 5.6.1), over all its lines.
-fn items<'a>(fields: &'a HeaderMap, name: &str) -> impl Iterator<Item = &'a str> {
-    let lines = fields.get_all(name).into_iter();
-    let lines = lines.filter_map(|value| value.to_str().ok());
-    lines.flat_map(|line| line.split(',')).map(str::trim)
-}
-
-fn lists(fields: &HeaderMap, name: &str, item: &str) -> bool {
-    items(fields, name).any(|found| found.eq_ignore_ascii_case(item))
-}
-
 impl Head {
     /// Takes the head at the start of what is `buffered`, once it is whole.
     fn take(buffered: &mut VecDeque<u8>) -> Result<Option<Head>, Reply> {
@@ -653,15 +638,15 @@ impl Head {
         let bytes = &*buffered.make_contiguous();
         let mut fields = [httparse::EMPTY_HEADER; FIELD_COUNT];
         let mut request = httparse::Request::new(&mut fields);
-        let large = |head: &[u8]| {
+        let too_large = |head: &[u8]| {
             let mut lines = head.split(|b| *b == b'\n');
             head.len() > HEAD_SIZE || lines.any(|line| line.len() > LINE_SIZE)
         };
         let length = match request.parse(bytes) {
-            Ok(httparse::Status::Complete(length)) if !large(&bytes[..length]) => Ok(length),
-            Ok(httparse::Status::Partial) if !large(bytes) => return Ok(None),
+            Ok(httparse::Status::Complete(length)) if !too_large(&bytes[..length]) => Ok(length),
+            Ok(httparse::Status::Partial) if !too_large(bytes) => return Ok(None),
             Ok(_) | Err(httparse::Error::TooManyHeaders) => Err(head_too_large()),
-            Err(_) if large(bytes) => Err(head_too_large()),
+            Err(_) if too_large(bytes) => Err(head_too_large()),
             Err(_) if bytes.starts_with(b"\x16") => Err(malformed("https, but this port is http")),
             Err(e) => Err(malformed(&e.to_string())),
         }?;
@@ -716,6 +701,17 @@ impl Head {
 
 fn path_of(target: &str) -> &str {
     target.split('?').next().unwrap_or_default()
+}
+
+/// The items of a field that is a list (RFC 9110 section 5.6.1), over all its lines.
+fn items<'a>(fields: &'a HeaderMap, name: &str) -> impl Iterator<Item = &'a str> {
+    let lines = fields.get_all(name).into_iter();
+    let lines = lines.filter_map(|value| value.to_str().ok());
+    lines.flat_map(|line| line.split(',')).map(str::trim)
+}
+
+fn lists(fields: &HeaderMap, name: &str, item: &str) -> bool {
+    items(fields, name).any(|found| found.eq_ignore_ascii_case(item))
 }
 
 // ─── server ──────────────────────────────────────────────────────────────────────────────────
@@ -782,6 +778,10 @@ fn fence(mut exchange: Exchange, handle: impl FnOnce(&mut Exchange) -> Outcome) 
     concluded.unwrap_or_default()
 }
 
+/// What becomes of a stream after an answer. `None`: the connection is gone, without a final
+/// chunk or TLS close_notify. Else the next head may come; or no more, if the stream is draining.
+type Verdict = Option<Stream>;
+
 /// `Ok`: the client has its whole answer from upstream. Else the reply to send; with status 0, or
 /// once an answer has begun, why the connection is broken off instead.
 type Outcome = Result<(), Reply>;
@@ -795,7 +795,7 @@ struct Exchange {
     /// How much longer the body may be waited for: only time spent waiting for the client counts.
     patience: Duration,
     /// Why reading the body failed: ureq shows only an error of its own.
-    fault: Option<Reply>,
+    body_error: Option<Reply>,
     started: Instant,
     /// `request_timeout`: for a free worker, and for the head of the answer from the request's end.
     timeout: Duration,
@@ -822,7 +822,7 @@ impl Exchange {
             head,
             held: Cursor::default(),
             patience: BODY_GRACE,
-            fault: None,
+            body_error: None,
             timeout,
             report: Report::default(),
         }
@@ -862,7 +862,7 @@ impl Exchange {
 impl Proxy {
     /// What the gate can tell by the head alone: a reply, or that it takes a worker.
     fn screen(&self, exchange: &mut Exchange) -> Result<(), Reply> {
-        let secret = |text: &[u8]| {
+        let has_token = |text: &[u8]| {
             let text = text.to_ascii_lowercase(); // as the names of headers are
             let holds = |user: &User| {
                 let token = user.token.expose().to_ascii_lowercase();
@@ -871,11 +871,11 @@ impl Proxy {
             };
             self.config.users.iter().any(holds)
         };
-        if secret(path_of(&exchange.head.target).as_bytes()) {
+        if has_token(path_of(&exchange.head.target).as_bytes()) {
             exchange.head.target = "(a token)".into(); // which leads nowhere
         }
         let (head, peer) = (&exchange.head, exchange.stream.peer);
-        debug!("peer={peer} request: {}", shown(&head.fields, secret));
+        debug!("peer={peer} request: {}", shown(&head.fields, has_token));
         // Answered without a token.
         let asked = (head.method.as_str(), path_of(&head.target));
         if let ("GET" | "HEAD", "/healthz") | ("HEAD", "/" | "/claude" | "/chatgpt") = asked {
@@ -928,8 +928,8 @@ impl Proxy {
         let same = |user: &&User| user.token.expose().as_bytes().ct_eq(token).into();
         let found: Vec<_> = self.config.users.iter().filter(same).collect(); // no early end
         let right = "\"Authorization: Bearer TOKEN\" or \"x-api-key: TOKEN\"";
-        let lack = || Reply::new(401, format!("wrong or no token; send yours as {right}"));
-        let user = found.first().filter(|_| agreed).ok_or_else(lack)?;
+        let unauthorized = || Reply::new(401, format!("wrong or no token; send yours as {right}"));
+        let user = found.first().filter(|_| agreed).ok_or_else(unauthorized)?;
         Ok(&user.name)
     }
 
@@ -1013,6 +1013,9 @@ struct State {
 /// Why there is no new token, and when to try again: `None` is when the file changes.
 type Outage = (String, Option<Instant>);
 
+/// Why a refresh brought nothing, and the least wait: `None` is until the file changes.
+type RefreshError = (String, Option<Duration>);
+
 #[derive(Clone, PartialEq)]
 struct Token {
     access: Secret,
@@ -1043,18 +1046,7 @@ struct Tokens {
     expires_in: Value,
 }
 
-/// Why a refresh brought nothing, and the least wait: `None` is until the file changes.
-type RefreshError = (String, Option<Duration>);
-
 impl State {
-    /// Whether a refresh brought it less than `TOKEN_MARGIN` ago: then neither a 401, nor an expiry
-    /// that is in the past by our clock, is reason for another.
-    fn is_young(&self, token: &Token) -> bool {
-        let young = |at: &SystemTime| at.elapsed().is_ok_and(|age| age < TOKEN_MARGIN);
-        let last = self.refreshed.as_ref();
-        last.is_some_and(|(access, at)| *access == token.access && young(at))
-    }
-
     /// The token, if it was `rejected` or ends within `margin`, and may be refreshed.
     fn due(&self, margin: Duration, rejected: Option<&Secret>) -> Option<&Token> {
         let token = self.token.as_ref()?;
@@ -1065,6 +1057,14 @@ impl State {
         let wanted = !token.lasts(margin) || rejected == Some(&token.access);
         let due = wanted && token.refresh.is_some() && !waits && !self.stopping;
         due.then_some(token)
+    }
+
+    /// Whether a refresh brought it less than `TOKEN_MARGIN` ago: then neither a 401, nor an expiry
+    /// that is in the past by our clock, is reason for another.
+    fn is_young(&self, token: &Token) -> bool {
+        let young = |at: &SystemTime| at.elapsed().is_ok_and(|age| age < TOKEN_MARGIN);
+        let last = self.refreshed.as_ref();
+        last.is_some_and(|(access, at)| *access == token.access && young(at))
     }
 }
 
@@ -1171,23 +1171,6 @@ impl Credential {
                 }
             }
         }
-    }
-
-    /// Notes a failure: for `least` or the back-off, whichever is longer, or until the file changes.
-    fn fail(&self, state: &mut State, why: String, least: Option<Duration>) {
-        let (name, remedy) = (self.provider.name, self.remedy());
-        let Some(least) = least else {
-            error!("{name}: refresh: {why}; down until its file changes; {remedy}");
-            state.failure = Some((format!("{why}; {remedy}"), None));
-            return;
-        };
-        state.backoff = (state.backoff * 2).clamp(BACKOFF_MIN, BACKOFF_MAX);
-        let time = state.backoff.max(least).min(RETRY_AFTER_MAX);
-        let (seconds, unsaved) = (time.as_secs(), state.unsaved.is_some());
-        let level = if unsaved { Level::Error } else { Level::Warn };
-        log!(level, "{name}: refresh: {why}; next try in {seconds}s");
-        state.failure = Some((why, Some(Instant::now() + time)));
-        self.wake_keeper.notify_all();
     }
 
     /// Spends a refresh token, but first makes sure that what it brings can be saved.
@@ -1330,11 +1313,28 @@ impl Credential {
         done.map_err(failed)
     }
 
-    /// Adopts what is new on disk. `anyway` reads the file even if it seems unchanged. Small and
+    /// Notes a failure: for `least` or the back-off, whichever is longer, or until the file changes.
+    fn fail(&self, state: &mut State, why: String, least: Option<Duration>) {
+        let (name, remedy) = (self.provider.name, self.remedy());
+        let Some(least) = least else {
+            error!("{name}: refresh: {why}; down until its file changes; {remedy}");
+            state.failure = Some((format!("{why}; {remedy}"), None));
+            return;
+        };
+        state.backoff = (state.backoff * 2).clamp(BACKOFF_MIN, BACKOFF_MAX);
+        let time = state.backoff.max(least).min(RETRY_AFTER_MAX);
+        let (seconds, unsaved) = (time.as_secs(), state.unsaved.is_some());
+        let level = if unsaved { Level::Error } else { Level::Warn };
+        log!(level, "{name}: refresh: {why}; next try in {seconds}s");
+        state.failure = Some((why, Some(Instant::now() + time)));
+        self.wake_keeper.notify_all();
+    }
+
+    /// Adopts what is new on disk. `force` reads the file even if it seems unchanged. Small and
     /// local, it is read under the lock: whoever waits for that would have to read it as well.
-    fn reload(&self, anyway: bool) -> MutexGuard<'_, State> {
+    fn reload(&self, force: bool) -> MutexGuard<'_, State> {
         let mut state = lock(&self.state);
-        if !anyway && state.settled && state.seen == stamp(&self.path) {
+        if !force && state.settled && state.seen == stamp(&self.path) {
             return state;
         }
         state.settled = false;
@@ -1387,14 +1387,14 @@ impl Credential {
     /// it is not whole, or being written; `NotFound`, `NotADirectory`, `InvalidInput` or
     /// `PermissionDenied` if that will last.
     fn read(&self) -> io::Result<(Stamp, Value, Token)> {
-        let failed = |e: io::Error| self.lack(e.kind(), &format!("cannot be read: {e}"));
+        let failed = |e: io::Error| self.unusable(e.kind(), &format!("cannot be read: {e}"));
         let meta = fs::metadata(&self.path).map_err(failed)?;
         if meta.uid() != rustix::process::geteuid().as_raw() {
             let what = format!("is user {}'s, not ai-mux's", meta.uid());
-            return Err(self.lack(ErrorKind::PermissionDenied, &what));
+            return Err(self.unusable(ErrorKind::PermissionDenied, &what));
         }
         if !meta.is_file() || meta.len() > FILE_SIZE {
-            return Err(self.lack(ErrorKind::InvalidInput, "is no regular file, or too large"));
+            return Err(self.unusable(ErrorKind::InvalidInput, "is no regular file, or too large"));
         }
         if meta.mode() & 0o077 != 0 {
             let tried = fs::set_permissions(&self.path, Permissions::from_mode(0o600));
@@ -1406,14 +1406,14 @@ impl Credential {
         let bytes = fs::read(&self.path).map_err(failed)?;
         let json = serde_json::from_slice(&bytes).ok();
         let json = json.filter(|_| stamp(&self.path) == before);
-        let torn = || self.lack(ErrorKind::InvalidData, "is not whole JSON yet");
+        let torn = || self.unusable(ErrorKind::InvalidData, "is not whole JSON yet");
         let (read, json) = before.zip(json).ok_or_else(torn)?;
-        let empty = || self.lack(ErrorKind::NotFound, "holds no login");
+        let empty = || self.unusable(ErrorKind::NotFound, "holds no login");
         let token = self.provider.token_in(&json).ok_or_else(empty)?;
         Ok((read, json, token))
     }
 
-    fn lack(&self, kind: ErrorKind, what: &str) -> io::Error {
+    fn unusable(&self, kind: ErrorKind, what: &str) -> io::Error {
         let (name, folder, mut remedy) = (self.path.display(), self.folder(), self.remedy());
         if kind == ErrorKind::PermissionDenied {
             let user = rustix::process::geteuid().as_raw();
@@ -1601,10 +1601,10 @@ struct Upstream {
 impl Upstream {
     fn new(settings: ProviderSettings, config: &Config, roots: &RootCerts) -> Result<Self, String> {
         let (provider, time) = (settings.provider, Some(config.request_timeout));
-        let calls = agent(config, roots, &settings.token_url)?
+        let calls = agent_config(config, roots, &settings.token_url)?
             .timeout_global(Some(TOKEN_TIME))
             .max_idle_connections(0);
-        let requests = agent(config, roots, &settings.base_url)?
+        let requests = agent_config(config, roots, &settings.base_url)?
             .timeout_resolve(time)
             .timeout_connect(time)
             .max_idle_connections(UPSTREAMS_KEPT)
@@ -1627,6 +1627,26 @@ impl Upstream {
         })
     }
 
+    /// Asks upstream.
+    fn send(&self, url: &str, token: &Token, exchange: &mut Exchange) -> Result<Answer, Reply> {
+        let request = self.outgoing(url, token, &exchange.head)?;
+        WAIT_END.set(Instant::now() + exchange.timeout);
+        let answer = if request.headers().keys().any(is_framing) {
+            let body = SendBody::from_reader(exchange);
+            self.agent.run(request.map(|()| body))
+        } else {
+            self.agent.run(request)
+        };
+        answer.map_err(|e| {
+            let (status, why) = match e {
+                ureq::Error::Timeout(_) => (504, "did not answer within request_timeout".into()),
+                e => (502, format!("cannot be reached, or broke off: {e}")),
+            };
+            let reply = Reply::new(status, format!("{} {why}; try again", self.provider.name));
+            exchange.body_error.take().unwrap_or(reply)
+        })
+    }
+
     /// The header policy: the head of the request to upstream.
     fn outgoing(&self, url: &str, token: &Token, head: &Head) -> Result<http::Request<()>, Reply> {
         let method = head.method.as_str();
@@ -1634,8 +1654,8 @@ impl Upstream {
         let mut request = request.map_err(|_| malformed("it cannot be passed on"))?;
         let headers = request.headers_mut();
         for (name, value) in &head.fields {
-            let for_us = lists(&head.fields, "connection", name.as_str());
-            if name == CONTENT_LENGTH || !for_us && !self.is_dropped(name.as_str()) {
+            let hop_by_hop = lists(&head.fields, "connection", name.as_str());
+            if name == CONTENT_LENGTH || !hop_by_hop && !self.is_dropped(name.as_str()) {
                 headers.append(name, value.clone());
             }
         }
@@ -1670,26 +1690,30 @@ impl Upstream {
             || name.starts_with("x-forwarded-")
             || self.provider.beta.is_none() && name.starts_with("anthropic-")
     }
+}
 
-    /// Asks upstream.
-    fn send(&self, url: &str, token: &Token, exchange: &mut Exchange) -> Result<Answer, Reply> {
-        let request = self.outgoing(url, token, &exchange.head)?;
-        WAIT_END.set(Instant::now() + exchange.timeout);
-        let answer = if request.headers().keys().any(is_framing) {
-            let body = SendBody::from_reader(exchange);
-            self.agent.run(request.map(|()| body))
-        } else {
-            self.agent.run(request)
-        };
-        answer.map_err(|e| {
-            let (status, why) = match e {
-                ureq::Error::Timeout(_) => (504, "did not answer within request_timeout".into()),
-                e => (502, format!("cannot be reached, or broke off: {e}")),
-            };
-            let reply = Reply::new(status, format!("{} {why}; try again", self.provider.name));
-            exchange.fault.take().unwrap_or(reply)
-        })
-    }
+/// Text that is known to fit a header.
+fn header_value(text: &str) -> HeaderValue {
+    HeaderValue::from_str(text).expect("a Secret, or joined from headers")
+}
+
+/// Headers that neither a client nor a configuration may send upstream: authentication, account,
+/// framing, `host`, hop-by-hop.
+fn is_reserved(name: &str) -> bool {
+    is_hop_by_hop(name)
+        || matches!(name, "x-api-key" | "cookie" | "chatgpt-account-id")
+        || matches!(name, "authorization" | "host" | "expect" | "content-length")
+}
+
+fn is_framing(name: &HeaderName) -> bool {
+    name == CONTENT_LENGTH || name == TRANSFER_ENCODING
+}
+
+/// RFC 9110 section 7.6.1, and what proxies say to each other.
+fn is_hop_by_hop(name: &str) -> bool {
+    matches!(name, "connection" | "keep-alive" | "te" | "trailer")
+        || matches!(name, "transfer-encoding" | "upgrade")
+        || name.starts_with("proxy-")
 }
 
 /// What vouches for an upstream: the built-in roots, or those in `SSL_CERT_FILE`.
@@ -1704,7 +1728,7 @@ fn roots() -> Result<RootCerts, String> {
 }
 
 /// How upstream is reached, for requests and refreshes: no redirect, no header of ureq's own.
-fn agent(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentConfig, String> {
+fn agent_config(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentConfig, String> {
     let uri: http::Uri = url.parse().map_err(|e| format!("{url}: {e}"))?;
     let mut proxy = config.proxy.clone();
     let mut names = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].into_iter();
@@ -1839,30 +1863,6 @@ impl<T: Transport> Transport for Deadline<T> {
     }
 }
 
-/// Text that is known to fit a header.
-fn header_value(text: &str) -> HeaderValue {
-    HeaderValue::from_str(text).expect("a Secret, or joined from headers")
-}
-
-/// Headers that neither a client nor a configuration may send upstream: authentication, account,
-/// framing, `host`, hop-by-hop.
-fn is_reserved(name: &str) -> bool {
-    is_hop_by_hop(name)
-        || matches!(name, "x-api-key" | "cookie" | "chatgpt-account-id")
-        || matches!(name, "authorization" | "host" | "expect" | "content-length")
-}
-
-fn is_framing(name: &HeaderName) -> bool {
-    name == CONTENT_LENGTH || name == TRANSFER_ENCODING
-}
-
-/// RFC 9110 section 7.6.1, and what proxies say to each other.
-fn is_hop_by_hop(name: &str) -> bool {
-    matches!(name, "connection" | "keep-alive" | "te" | "trailer")
-        || matches!(name, "transfer-encoding" | "upgrade")
-        || name.starts_with("proxy-")
-}
-
 // ─── stream ──────────────────────────────────────────────────────────────────────────────────
 // In: a client's bytes. Out: heads, decoded bodies; and to the client, answers, piece by piece.
 // One rule bounds all of it: a socket knows an instant until which the present step must be done.
@@ -1919,7 +1919,7 @@ struct Stream {
     /// A part of a TLS record has come.
     partial: bool,
     /// The gate must read it: its socket is readable, or data may be buffered above that.
-    recheck: bool,
+    must_read: bool,
     /// After its last answer: what still comes is dropped.
     draining: bool,
 }
@@ -1945,7 +1945,7 @@ impl Stream {
             tls: tls.map(Box::new),
             buffered: VecDeque::new(),
             partial: false,
-            recheck: true,
+            must_read: true,
             draining: false,
         };
         stream.enter_gate()
@@ -1958,12 +1958,8 @@ impl Stream {
         self.socket.blocking = false;
         self.socket.deadline = Instant::now() + self.allowance();
         // What was read already, the socket does not tell of.
-        self.recheck = self.tls.is_some() || !self.buffered.is_empty();
+        self.must_read = self.tls.is_some() || !self.buffered.is_empty();
         self
-    }
-
-    fn is_handshaking(&self) -> bool {
-        self.tls.as_ref().is_some_and(|tls| tls.is_handshaking())
     }
 
     /// How long it may stay in the gate as it is: draining, in a handshake or a head, or idle.
@@ -1976,36 +1972,19 @@ impl Stream {
         }
     }
 
-    /// When the gate looks at it even if its socket is silent.
-    fn due(&self) -> Instant {
-        let now = self.recheck.then(Instant::now);
-        now.unwrap_or(self.socket.deadline)
+    fn is_handshaking(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.is_handshaking())
     }
 
-    /// Takes in what has come, behind what was read ahead.
-    fn fill(&mut self) -> io::Result<usize> {
-        let mut chunk = [0; CHUNK_SIZE];
-        let count = loop {
-            let Some(tls) = &mut self.tls else {
-                break self.socket.read(&mut chunk)?;
-            };
-            // Not rustls::Stream: it reads on for as long as records without data come.
-            let shaking = tls.is_handshaking();
-            let (count, _) = tls.complete_io(&mut self.socket)?;
-            let read = tls.reader().read(&mut chunk);
-            let empty = matches!(&read, Err(e) if e.kind() == ErrorKind::WouldBlock);
-            self.partial = empty && (self.partial || count > 0 && !shaking);
-            if !empty || !self.socket.blocking {
-                break read?;
-            }
-        };
-        self.buffered.extend(&chunk[..count]);
-        Ok(count)
+    /// When the gate looks at it even if its socket is silent.
+    fn due(&self) -> Instant {
+        let now = self.must_read.then(Instant::now);
+        now.unwrap_or(self.socket.deadline)
     }
 
     /// Reads on in the gate, twice at most. Returns the next head, once it is whole.
     fn read_on(&mut self) -> Result<Option<Head>, Reply> {
-        self.recheck = false;
+        self.must_read = false;
         for _ in 0..2 {
             let phase = (self.is_handshaking(), self.allowance());
             if self.draining {
@@ -2027,8 +2006,29 @@ impl Stream {
                 Err((_, e)) => return Err(broken(e.to_string())),
             }
         }
-        self.recheck = true;
+        self.must_read = true;
         Ok(None)
+    }
+
+    /// Takes in what has come, behind what was read ahead.
+    fn fill(&mut self) -> io::Result<usize> {
+        let mut chunk = [0; CHUNK_SIZE];
+        let count = loop {
+            let Some(tls) = &mut self.tls else {
+                break self.socket.read(&mut chunk)?;
+            };
+            // Not rustls::Stream: it reads on for as long as records without data come.
+            let shaking = tls.is_handshaking();
+            let (count, _) = tls.complete_io(&mut self.socket)?;
+            let read = tls.reader().read(&mut chunk);
+            let empty = matches!(&read, Err(e) if e.kind() == ErrorKind::WouldBlock);
+            self.partial = empty && (self.partial || count > 0 && !shaking);
+            if !empty || !self.socket.blocking {
+                break read?;
+            }
+        };
+        self.buffered.extend(&chunk[..count]);
+        Ok(count)
     }
 
     fn write_piece(&mut self, piece: &[u8]) -> io::Result<()> {
@@ -2062,9 +2062,9 @@ impl Exchange {
             return Ok(());
         }
         let mut held = Vec::with_capacity(self.head.body.left as usize);
-        let _ = self.by_ref().take(HELD_SIZE).read_to_end(&mut held); // an error leaves a fault
+        let _ = self.by_ref().take(HELD_SIZE).read_to_end(&mut held); // an error stays in `body_error`
         self.held = Cursor::new(held);
-        self.fault.take().map_or(Ok(()), Err)
+        self.body_error.take().map_or(Ok(()), Err)
     }
 
     fn read_body(&mut self, out: &mut [u8]) -> io::Result<usize> {
@@ -2084,13 +2084,13 @@ impl Exchange {
     }
 }
 
-/// The body, decoded: what is held of it first. Every error leaves a fault.
+/// The body, decoded: what is held of it first. Every error leaves a `body_error`.
 impl Read for Exchange {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         if let count @ 1.. = self.held.read(out)? {
             return Ok(count);
         }
-        let fault = match self.read_body(out) {
+        let error = match self.read_body(out) {
             Ok(_) if self.head.body.received > BODY_SIZE => body_too_large(),
             Ok(count) => return Ok(count),
             Err(e) => match e.kind() {
@@ -2100,7 +2100,7 @@ impl Read for Exchange {
                 _ => broken("the client went away while it sent the body"),
             },
         };
-        self.fault = Some(fault);
+        self.body_error = Some(error);
         Err(io::Error::other("the request body broke off"))
     }
 }
@@ -2298,10 +2298,10 @@ impl Config {
             _ => serde_yaml::from_str(text.trim_start_matches('\u{feff}')).map_err(unquoted),
         });
         let line = |e| format!("{}: {e}", path.display()).replace(char::is_control, " ");
-        parsed.and_then(Config::read).map_err(line)
+        parsed.and_then(Config::from_yaml).map_err(line)
     }
 
-    fn read(file: Yaml) -> Result<Config, String> {
+    fn from_yaml(file: Yaml) -> Result<Config, String> {
         let known = "listen state_dir log_level providers users request_timeout \
             stream_idle_timeout refresh_check_interval workers proxy tls";
         let file = &mut fields(file, known)?;
@@ -2440,7 +2440,7 @@ fn fields(part: Yaml, known: &str) -> Result<Mapping, String> {
 
 /// The checked value of a field, or of its default; null counts as absent.
 fn field<T>(name: &str, of: &mut Mapping, or: impl Into<Yaml>, kind: Kind<T>) -> Result<T, String> {
-    let (right, made) = kind;
+    let (expected, parse) = kind;
     let found = of.remove(name).filter(|found| !found.is_null());
     let value = found.unwrap_or_else(|| or.into());
     let text = serde_json::to_string(&value).unwrap_or_default();
@@ -2453,7 +2453,7 @@ fn field<T>(name: &str, of: &mut Mapping, or: impl Into<Yaml>, kind: Kind<T>) ->
         _ if secret => "something (not shown)",
         _ => &text,
     };
-    made(&value).ok_or_else(|| format!("{name}: found {shown}, expected {right}"))
+    parse(&value).ok_or_else(|| format!("{name}: found {shown}, expected {expected}"))
 }
 
 /// What a field may be, in words; and its parser, `None` for anything else.
@@ -2499,7 +2499,7 @@ const DURATION: Kind<Duration> = ("60s, 1h30m or the like, or seconds", |value| 
     let short = |text: &&str| !text.contains(|c| "Mdiwy".contains(c));
     let text = value.as_str().filter(short);
     let time = seconds.or_else(|| humantime::parse_duration(text?).ok())?;
-    Some(time).filter(|time| !time.is_zero() && *time <= FOREVER)
+    Some(time).filter(|time| !time.is_zero() && *time <= DURATION_MAX)
 });
 
 const INTERVAL: Kind<Duration> = ("a duration of at least 1s", |value| {
@@ -2668,11 +2668,11 @@ impl Exchange {
 
 /// Header fields for the log: the names of all but a long or secret one, the values of those that
 /// are known to hold neither a secret nor anything personal.
-fn shown(headers: &HeaderMap, secret: impl Fn(&[u8]) -> bool) -> String {
+fn shown(headers: &HeaderMap, has_token: impl Fn(&[u8]) -> bool) -> String {
     const HARMLESS: &str = "accept accept-encoding anthropic-beta anthropic-version connection \
         content-encoding content-length content-type date request-id retry-after \
         transfer-encoding user-agent x-request-id x-should-retry";
-    let plain = |text: &[u8]| text.len() <= TEXT_SHOWN && !secret(text);
+    let plain = |text: &[u8]| text.len() <= TEXT_SHOWN && !has_token(text);
     let headers = headers.iter().filter(|(name, _)| plain(name.as_ref()));
     let shown = headers.map(|(name, value)| {
         let harmless = HARMLESS.split(' ').any(|known| name == known);
