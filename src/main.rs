@@ -16,9 +16,9 @@
 //! becomes an **exchange**, which waits in the gate's queue until one of the **workers**, a pool of
 //! bounded size, is free. Then it is *parked*, and a ticket goes over the **inner connection** to
 //! tiny_http, which hands it to a worker. tiny_http sees nothing of a client: on the network it has
-//! no deadlines, hangs under a burst, and aborts on an absurd length. The worker takes the exchange,
-//! and may now block, within its deadlines: it alone reads the body and writes the answer, and it
-//! ends with a **verdict** on what becomes of the stream. A **credential** is a provider's login;
+//! no deadlines, hangs under a burst, and aborts on an absurd length. The worker takes the
+//! exchange, and may now block, within its deadlines: it alone reads the body and writes the
+//! answer, and it ends with a **verdict** on what becomes of the stream. A **credential** is a provider's login;
 //! whoever finds it ageing, a worker or its **keeper** in the background, refreshes it, one at a
 //! time. A **reply** is an answer of ai-mux's own; everything else that a client hears comes from
 //! **upstream**.
@@ -354,7 +354,7 @@ impl Gate {
             warned = admitted.is_err();
             if left_until(chores_at).is_zero() {
                 chores_at = Instant::now() + CHORE_INTERVAL;
-                // An idle worker ends: a stack that grew keeps its pages as long as its thread lives.
+                // An idle worker ends: a grown stack keeps its pages as long as its thread lives.
                 (self.busy..self.running).for_each(|_| self.server.unblock());
                 self.running = self.busy;
                 self.tls.iter_mut().for_each(Tls::renew);
@@ -516,8 +516,8 @@ fn descriptors(wanted: u64) -> (usize, usize) {
     (workers as usize, capacity as usize)
 }
 
-/// The first SIGTERM or SIGINT sets the flag and wakes the gate; the second ends the process at once,
-/// with exit code 1.
+/// The first SIGTERM or SIGINT sets the flag and wakes the gate; the second ends the process at
+/// once, with exit code 1.
 fn signals(waker: &UnixStream) -> io::Result<Arc<AtomicBool>> {
     use signal_hook::{consts, flag, low_level};
     let seen = Arc::new(AtomicBool::new(false));
@@ -767,8 +767,8 @@ impl Proxy {
     }
 }
 
-/// Brings an exchange to its verdict, whatever happens: a panic is 500 if nothing was sent yet, else
-/// a broken answer.
+/// Brings an exchange to its verdict, whatever happens: a panic is 500 if nothing was sent yet,
+/// else a broken answer.
 fn fence(mut exchange: Exchange, handle: impl FnOnce(&mut Exchange) -> Outcome) -> Verdict {
     exchange.stream.socket.blocking = true;
     let handled = catch_unwind(AssertUnwindSafe(|| handle(&mut exchange)));
@@ -1313,7 +1313,7 @@ impl Credential {
         done.map_err(failed)
     }
 
-    /// Notes a failure: for `least` or the back-off, whichever is longer, or until the file changes.
+    /// Notes a failure: for `least` or the back-off, if that is longer; or until the file changes.
     fn fail(&self, state: &mut State, why: String, least: Option<Duration>) {
         let (name, remedy) = (self.provider.name, self.remedy());
         let Some(least) = least else {
@@ -1356,15 +1356,15 @@ impl Credential {
                 }
                 self.adopt(&mut state, Some(token), None);
             }
-            // Half written, say; a refresh or a save that needs the file tells what is wrong with it.
+            // Half written, say; a refresh or a save that needs the file says what is wrong.
             Err(e) if kept(&e) => {}
             Err(e) => self.adopt(&mut state, None, Some((e.to_string(), None))),
         }
         state
     }
 
-    /// Takes a login, or why there is none, unless it is the known one, or the one that was spent, or
-    /// ours on its way to the disk.
+    /// Takes a login, or why there is none, unless it is the known one, or the one that was spent,
+    /// or ours on its way to the disk.
     fn adopt(&self, state: &mut State, token: Option<Token>, failure: Option<Outage>) {
         let (name, refresh) = (self.provider.name, token.as_ref().map(|t| &t.refresh));
         let known = match &state.unsaved {
@@ -2062,7 +2062,7 @@ impl Exchange {
             return Ok(());
         }
         let mut held = Vec::with_capacity(self.head.body.left as usize);
-        let _ = self.by_ref().take(HELD_SIZE).read_to_end(&mut held); // an error stays in `body_error`
+        let _ = self.by_ref().take(HELD_SIZE).read_to_end(&mut held); // sets `body_error`
         self.held = Cursor::new(held);
         self.body_error.take().map_or(Ok(()), Err)
     }
