@@ -18,10 +18,10 @@
 //! tiny_http, which hands it to a worker. tiny_http sees nothing of a client: on the network it has
 //! no deadlines, hangs under a burst, and aborts on an absurd length. The worker takes the
 //! exchange, and may now block, within its deadlines: it alone reads the body and writes the
-//! answer, and it ends with a **verdict** on what becomes of the stream. A **credential** is a provider's login;
-//! whoever finds it ageing, a worker or its **keeper** in the background, refreshes it, one at a
-//! time. A **reply** is an answer of ai-mux's own; everything else that a client hears comes from
-//! **upstream**.
+//! answer, and it ends with a **verdict** on what becomes of the stream. A **credential** is a
+//! provider's login; whoever finds it ageing, a worker or its **keeper** in the background,
+//! refreshes it, one at a time. A **reply** is an answer of ai-mux's own; everything else that a
+//! client hears comes from **upstream**.
 //!
 //! The file reads from the story to the reference: limits, main, gate, server, handler, credential,
 //! upstream, stream, config, replies, log, secret. But for helpers, callers stand above callees.
@@ -2062,7 +2062,8 @@ impl Exchange {
             return Ok(());
         }
         let mut held = Vec::with_capacity(self.head.body.left as usize);
-        let _ = self.by_ref().take(HELD_SIZE).read_to_end(&mut held); // sets `body_error`
+        let most = HELD_SIZE + 1; // the end of a body in chunks stands behind its last byte
+        let _ = self.by_ref().take(most).read_to_end(&mut held); // sets `body_error`
         self.held = Cursor::new(held);
         self.body_error.take().map_or(Ok(()), Err)
     }
