@@ -425,7 +425,7 @@ in
         Restart = "on-failure";
         RestartSec = 5;
         RestartPreventExitStatus = 2; # a wrong configuration stays wrong
-        TimeoutStopSec = 45; # a refresh is saved before it stops, for which it takes up to 30 s
+        TimeoutStopSec = 45; # requests have 10 s, and a second to be cut short; then a refresh 30 s to be saved
         LimitNOFILE = 65536; # the program may not raise it itself: see SystemCallFilter
 
         DynamicUser = true;
@@ -443,7 +443,7 @@ in
         SocketBindDeny = "any";
         SocketBindAllow = [
           "tcp:${toString port}"
-          "udp" # which musl binds to look a name up
+          "udp" # musl's resolver binds a UDP socket
         ];
 
         DevicePolicy = "closed";

@@ -374,7 +374,7 @@ impl Gate {
         Ok(())
     }
 
-    /// Ends what has not ended by itself; a request that waits for upstream gets its log line.
+    /// Ends what has not ended by itself; a request that is connected to upstream gets its log line.
     fn cut_short(&mut self) {
         // Refuse what is still queued, unless a worker is free.
         let expire = |exchange: &mut Exchange| exchange.stream.socket.deadline = Instant::now();
@@ -385,7 +385,7 @@ impl Gate {
             warn!("{} requests are still running and are cut short", self.busy);
         }
         let agents = self.proxy.upstreams.iter().map(|u| u.agent.clone());
-        agents.for_each(ureq::Agent::shutdown); // whoever waits for upstream gets an error
+        agents.for_each(ureq::Agent::shutdown); // which ends each wait on a connection
         let end = Instant::now() + CUT_TIME;
         while self.busy > 0 && !left_until(end).is_zero() {
             let _ = self.wait(end);
@@ -673,6 +673,7 @@ impl Head {
         };
         head.check().map_err(malformed)?;
         buffered.drain(..length);
+        buffered.shrink_to_fit(); // it may wait long for a worker
         Ok(Some(head))
     }
 
@@ -906,7 +907,8 @@ impl Proxy {
             exchange.held.set_position(0);
             answer = upstream.send(&url, &newer, exchange)?;
         }
-        exchange.held = Cursor::default(); // the answer may take long
+        // The answer may take long.
+        exchange.held = Cursor::default();
         exchange.stream.buffered.shrink_to_fit();
         relay(answer, exchange, self.config.stream_idle_timeout)
     }
@@ -988,7 +990,7 @@ struct Credential {
     turn: Mutex<()>,
     /// What everyone looks at, in short locks.
     state: Mutex<State>,
-    /// Wakes the keeper to wait for the next try instead.
+    /// Wakes the keeper, so that it waits until the next try and no longer.
     wake_keeper: Condvar,
 }
 
@@ -1954,7 +1956,7 @@ impl Stream {
     /// The stream as it is in the gate: between two heads, or after its last answer.
     fn enter_gate(mut self) -> Stream {
         self.partial = false;
-        self.buffered.shrink_to_fit(); // an idle connection holds none
+        self.buffered.shrink_to_fit(); // an idle connection holds no buffer
         self.socket.blocking = false;
         self.socket.deadline = Instant::now() + self.allowance();
         // What was read already, the socket does not tell of.
@@ -2056,7 +2058,7 @@ impl Stream {
 
 impl Exchange {
     /// Reads a small body into memory whole. Of a large one, nothing is read if its size is known,
-    /// else its first `HELD_SIZE`.
+    /// else its first `HELD_SIZE`, and a byte.
     fn hold(&mut self) -> Outcome {
         if self.head.body.left > HELD_SIZE {
             return Ok(());
@@ -2240,7 +2242,7 @@ fn answer_head(parts: &Parts, request: &mut Head) -> (Vec<u8>, bool) {
     let reason = status.canonical_reason().unwrap_or_default();
     let mut head = format!("HTTP/1.1 {} {reason}\r\n", status.as_str()).into_bytes();
     for (name, value) in headers {
-        // RFC 9209: not for the next hop alone.
+        // Proxy-Status is end-to-end (RFC 9209), unlike the other proxy- fields.
         let dropped = is_hop_by_hop(name.as_str()) && name != "proxy-status"
             || matches!(name.as_str(), "set-cookie" | "alt-svc")
             || name == CONTENT_LENGTH && !sized

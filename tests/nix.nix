@@ -213,7 +213,7 @@ let
           lib.hasInfix "-ai-mux/bin/ai-mux --config " o.unit.ExecStart;
         "a port over 1023 needs no capability" =
           o.unit.CapabilityBoundingSet == "" && o.unit.AmbientCapabilities == "" && o.unit.PrivateUsers;
-        "nothing else can be bound" =
+        "no other TCP port can be bound" =
           o.unit.SocketBindAllow == [
             "tcp:8080"
             "udp"

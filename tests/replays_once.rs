@@ -144,11 +144,19 @@ fn a_second_401_passes_through() {
 fn not_when_the_body_was_too_large_to_hold() {
     let up = Upstream::plain();
     let mux = revoked(&up);
-    let body = vec![b'x'; 2 << 20];
+    let body = vec![b'x'; (1 << 20) + 1];
     assert_eq!(mux.ask("POST", MESSAGES, &[], &body).status, 401);
     assert_eq!(up.requests().len(), 1);
     assert_eq!(mux.message().status, 200, "the next one has a new token");
     assert_eq!(up.refreshes().len(), 1);
+    // One that does not say its size, too.
+    let mux = revoked(&up);
+    let mut client = mux.client();
+    let chunked = [BEARER, ("transfer-encoding", "chunked")];
+    client.start("POST", MESSAGES, &chunked);
+    client.chunk(&body).finish();
+    assert_eq!(client.answer().status, 401);
+    assert_eq!(up.requests().len(), 3);
 }
 
 #[test]

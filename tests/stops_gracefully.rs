@@ -66,7 +66,7 @@ fn a_stream_that_takes_too_long_is_broken_off() {
 }
 
 #[test]
-fn each_request_that_is_cut_short_has_its_line() {
+fn what_waits_for_upstream_is_cut_short_with_its_line() {
     let go = Steps::default();
     let held = go.clone();
     let up = Upstream::start(move |request, conn| {

@@ -4,7 +4,7 @@
 use super::inside::{self, Admitted, Length};
 use super::reference::{self, Reading};
 use super::tiny::{Seen, Tiny};
-use std::io::{self, BufRead, ErrorKind, Read};
+use std::io::{self, ErrorKind, Read};
 
 /// Reads the first head of what a connection brings, as `inside::head` does.
 pub type Gate = dyn Fn(&[u8]) -> Result<Option<(Admitted, usize)>, u16>;
@@ -193,19 +193,9 @@ struct Pieces<'a> {
 
 impl Read for Pieces<'_> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let count = self.fill_buf()?.read(out)?;
-        self.consume(count);
-        Ok(count)
-    }
-}
-
-impl BufRead for Pieces<'_> {
-    fn fill_buf(&mut self) -> io::Result<&[u8]> {
         let end = self.bytes.len().min(self.at + self.step);
-        Ok(&self.bytes[self.at..end])
-    }
-
-    fn consume(&mut self, count: usize) {
+        let count = (&self.bytes[self.at..end]).read(out)?;
         self.at += count;
+        Ok(count)
     }
 }

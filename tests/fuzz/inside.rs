@@ -55,7 +55,7 @@ pub fn head(bytes: &[u8]) -> Result<Option<(Admitted, usize)>, u16> {
 
 /// Reads a body from `source` to its end, at most `room` bytes at a time; an error as the program sees it. What
 /// follows a broken body must never be taken for the next request.
-pub fn body(length: Length, source: &mut impl BufRead, room: usize) -> io::Result<Vec<u8>> {
+pub fn body(length: Length, source: &mut impl Read, room: usize) -> io::Result<Vec<u8>> {
     let mut body = Body::default();
     match length {
         Length::Empty => {}
