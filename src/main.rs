@@ -298,6 +298,7 @@ impl Gate {
             parked: Mutex::default(),
             verdicts: Mutex::default(),
             waker,
+            cut: AtomicBool::new(false),
         });
         let refused = |e| format!("open a socket in state_dir or TMPDIR: {e}");
         let (server, inner) = start_server(&proxy.config.state_dir).map_err(refused)?;
@@ -384,6 +385,7 @@ impl Gate {
         if self.busy > 0 {
             warn!("{} requests are still running and are cut short", self.busy);
         }
+        self.proxy.cut.store(true, Ordering::SeqCst);
         let agents = self.proxy.upstreams.iter().map(|u| u.agent.clone());
         agents.for_each(ureq::Agent::shutdown); // which ends each wait on a connection
         let end = Instant::now() + CUT_TIME;
@@ -728,6 +730,8 @@ struct Proxy {
     /// Of exchanges that a worker is done with, until the gate takes their streams back.
     verdicts: Mutex<Vec<Verdict>>,
     waker: UnixStream,
+    /// A stop has closed all connections to upstream: an answer's end may be none.
+    cut: AtomicBool,
 }
 
 /// What tiny_http gets for each exchange: the worker that receives it serves the exchange parked
@@ -910,7 +914,7 @@ impl Proxy {
         // The answer may take long.
         exchange.held = Cursor::default();
         exchange.stream.buffered.shrink_to_fit();
-        relay(answer, exchange, self.config.stream_idle_timeout)
+        relay(answer, exchange, self)
     }
 
     /// The user's name. All tokens given must be the same, and a user's. How long this takes tells
@@ -2192,7 +2196,7 @@ fn chunk_line(source: &mut impl Read) -> io::Result<String> {
 }
 
 /// Passes the answer down as it comes: each piece is written at once.
-fn relay(answer: Answer, exchange: &mut Exchange, silence: Duration) -> Outcome {
+fn relay(answer: Answer, exchange: &mut Exchange, proxy: &Proxy) -> Outcome {
     let gone = |e| broken(format!("the client went away, or took nothing: {e}"));
     let broke = |e| match ureq::Error::from(e) {
         ureq::Error::Timeout(_) => broken("upstream was silent for stream_idle_timeout"),
@@ -2213,8 +2217,11 @@ fn relay(answer: Answer, exchange: &mut Exchange, silence: Duration) -> Outcome 
     let mut piece = vec![0; 2048]; // enough for most events; a large answer makes it grow
     let mut reader = body.into_reader();
     loop {
-        WAIT_END.set(Instant::now() + silence);
+        WAIT_END.set(Instant::now() + proxy.config.stream_idle_timeout);
         let count = reader.read(&mut piece).map_err(broke)?;
+        if count == 0 && proxy.cut.load(Ordering::SeqCst) {
+            return Err(broken("a stop cut it short"));
+        }
         let size = format!("{count:x}\r\n");
         let framed: &[u8] = match chunked {
             true => &[size.as_bytes(), &piece[..count], b"\r\n"].concat(), // it is one write

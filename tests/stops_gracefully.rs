@@ -98,6 +98,32 @@ fn what_waits_for_upstream_is_cut_short_with_its_line() {
     go.advance();
 }
 
+/// One whose end is that of its connection, which looks whole once that is closed.
+#[test]
+fn an_answer_without_a_size_that_is_cut_short_is_broken() {
+    let go = Steps::default();
+    let held = go.clone();
+    let up = Upstream::start(move |_, conn| {
+        conn.head(200, &[("connection", "close")])?;
+        conn.wire.send(b"one")?;
+        held.wait(1);
+        Ok(())
+    });
+    let mut mux = Mux::start(&up);
+    let mut client = mux.client();
+    client.request("POST", MESSAGES, &[BEARER], b"{}");
+    client.head();
+    assert_eq!(client.text(), "one");
+    assert_eq!(mux.stop(), 0);
+    assert!(client.piece().is_err(), "an end that is no end");
+    let lines = mux.log_lines("status=200 bytes=3 ");
+    assert!(
+        lines.len() == 1 && lines[0].contains(" ended="),
+        "{lines:?}"
+    );
+    go.advance();
+}
+
 #[test]
 fn a_second_signal_ends_it_at_once() {
     let (up, go) = two_events();
