@@ -881,9 +881,11 @@ impl Proxy {
         }
         let (head, peer) = (&exchange.head, exchange.stream.peer);
         debug!("peer={peer} request: {}", shown(&head.fields, has_token));
-        // Answered without a token.
+        // Answered without a token. Claude Code opens its connections with HEAD /claude/api/hello.
         let asked = (head.method.as_str(), path_of(&head.target));
-        if let ("GET" | "HEAD", "/healthz") | ("HEAD", "/" | "/claude" | "/chatgpt") = asked {
+        if let ("GET" | "HEAD", "/healthz")
+        | ("HEAD", "/" | "/claude" | "/claude/api/hello" | "/chatgpt") = asked
+        {
             return Err(Reply::new(200, self.health()));
         }
         exchange.report.user = self.authenticate(&head.fields)?.to_owned();
@@ -933,8 +935,9 @@ impl Proxy {
         let agreed = given.all(|other| other == token);
         let same = |user: &&User| user.token.expose().as_bytes().ct_eq(token).into();
         let found: Vec<_> = self.config.users.iter().filter(same).collect(); // no early end
-        let right = "\"Authorization: Bearer TOKEN\" or \"x-api-key: TOKEN\"";
-        let unauthorized = || Reply::new(401, format!("wrong or no token; send yours as {right}"));
+        // Did it name x-api-key, Claude Code would show "Not logged in" instead (2.1.332).
+        let wrong = "wrong or no token for ai-mux; send a user's, as bearer token or API key";
+        let unauthorized = || Reply::new(401, wrong);
         let user = found.first().filter(|_| agreed).ok_or_else(unauthorized)?;
         Ok(&user.name)
     }

@@ -154,6 +154,7 @@ fn health_needs_no_token() {
         ("HEAD", "/"),
         ("HEAD", "/claude"),
         ("HEAD", "/chatgpt"),
+        ("HEAD", "/claude/api/hello"),
     ] {
         let answer = mux.client().request(method, target, &[], b"").answer();
         assert_eq!(answer.status, 200, "{method} {target}");
@@ -168,6 +169,8 @@ fn health_needs_no_token() {
         ("GET", "/claude"),
         ("POST", "/healthz"),
         ("HEAD", "/claude/v1/messages"),
+        ("GET", "/claude/api/hello"),
+        ("HEAD", "/chatgpt/api/hello"),
     ] {
         let answer = mux.client().request(method, target, &[], b"").answer();
         assert_eq!(answer.status, 401, "{method} {target}");
