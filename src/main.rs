@@ -1425,8 +1425,12 @@ impl Credential {
     fn unusable(&self, kind: ErrorKind, what: &str) -> io::Error {
         let (name, folder, mut remedy) = (self.path.display(), self.folder(), self.remedy());
         if kind == ErrorKind::PermissionDenied {
+            // A dynamic user's folder may have another owner on disk (UIDS-GIDS.md of systemd).
             let user = rustix::process::geteuid().as_raw();
-            remedy += &format!(", or: chown -RH {user} {folder} && chmod -R u+rwX {folder}");
+            let state_dir = self.path.ancestors().nth(2);
+            let dynamic = state_dir.filter(|_| (61184..=65519).contains(&user));
+            let owner = dynamic.map_or(user.to_string(), |dir| format!("--reference={dir:?}"));
+            remedy += &format!(", or: chown -RH {owner} {folder} && chmod -R u+rwX {folder}");
         }
         io::Error::new(kind, format!("{name} {what}; {remedy}"))
     }

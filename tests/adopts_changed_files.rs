@@ -5,6 +5,7 @@ use common::*;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 fn file(mux: &Mux) -> PathBuf {
@@ -273,25 +274,6 @@ fn a_log_out_during_a_refresh_wins() {
     assert_eq!(up.refreshes().len(), 1);
 }
 
-#[test]
-fn a_file_of_another_user_is_refused_with_the_remedy() {
-    let up = Upstream::plain();
-    let setup = Setup::new(&up);
-    let path = login::path(&setup.state(), "claude");
-    if chown(&path, Some(setup::NOBODY), None).is_err() {
-        // Without the right to give a file away: one of root's, which is read no further than its owner.
-        fs::remove_file(&path).expect("remove a file");
-        symlink("/etc/passwd", &path).expect("link a file");
-    }
-    let mux = setup.start();
-    let message = assert_down(&mux, "another user's");
-    assert!(message.contains("chown"), "{message}");
-    let own = up.login("claude", 3600);
-    fs::remove_file(file(&mux)).expect("remove a file");
-    login::save(&mux.state(), "claude", &own.claude());
-    assert_eq!(used(&up, &mux), own.access);
-}
-
 /// The same when somebody looks at the file in between: what the refresh brings is not put in its place.
 #[test]
 fn a_log_out_that_is_seen_during_a_refresh_wins() {
@@ -316,6 +298,45 @@ fn a_log_out_that_is_seen_during_a_refresh_wins() {
     assert_eq!(client.answer().status, 503);
     assert_down(&mux, "logged out");
     assert!(!file(&mux).exists());
+}
+
+#[test]
+fn a_file_of_another_user_is_refused_with_the_remedy() {
+    let up = Upstream::plain();
+    let setup = Setup::new(&up);
+    let path = login::path(&setup.state(), "claude");
+    if chown(&path, Some(setup::NOBODY), None).is_err() {
+        // Without the right to give a file away: one of root's, which is read no further than its owner.
+        fs::remove_file(&path).expect("remove a file");
+        symlink("/etc/passwd", &path).expect("link a file");
+    }
+    let mux = setup.start();
+    let message = assert_down(&mux, "another user's");
+    assert!(message.contains("chown"), "{message}");
+    let own = up.login("claude", 3600);
+    fs::remove_file(file(&mux)).expect("remove a file");
+    login::save(&mux.state(), "claude", &own.claude());
+    assert_eq!(used(&up, &mux), own.access);
+}
+
+/// What the message says to do does help. systemd may show a dynamic user (61184 to 65519) its folder under another
+/// owner than the disk's, whom only the folder itself can tell.
+#[test]
+fn the_remedy_for_a_file_of_another_user_mends_it() {
+    for (user, by_reference) in [(setup::NOBODY, false), (61_500, true)] {
+        let up = Upstream::plain();
+        let mux = Setup::new(&up).run_as(user).start();
+        if chown(file(&mux), Some(0), Some(0)).is_err() {
+            return; // only root can give a file away, and back
+        }
+        let message = assert_down(&mux, "another user's");
+        let (_, remedy) = message.split_once(", or: ").expect("a command");
+        let reference = format!("--reference={:?}", mux.state());
+        assert_eq!(remedy.contains(&reference), by_reference, "{message}");
+        let mended = Command::new("sh").args(["-c", remedy]).status();
+        assert!(mended.expect("run sh").success(), "{remedy}");
+        assert_eq!(mux.message().status, 200, "{remedy}");
+    }
 }
 
 #[test]

@@ -20,7 +20,7 @@ pub struct Setup {
     pub config: Value,
     pub upstream: Arc<Shared>,
     envs: Vec<(String, String)>,
-    unprivileged: bool,
+    user: Option<u32>,
     shell: Option<String>,
 }
 
@@ -42,7 +42,7 @@ impl Setup {
             config,
             upstream: upstream.shared.clone(),
             envs: Vec::new(),
-            unprivileged: false,
+            user: None,
             shell: None,
         }
     }
@@ -106,8 +106,13 @@ impl Setup {
     }
 
     /// Runs as a user whom the permissions of files hold, even when the tests run as root.
-    pub fn unprivileged(mut self) -> Setup {
-        self.unprivileged = true;
+    pub fn unprivileged(self) -> Setup {
+        self.run_as(NOBODY)
+    }
+
+    /// The same, as a certain user; without root, as whoever runs the tests.
+    pub fn run_as(mut self, user: u32) -> Setup {
+        self.user = Some(user);
         self
     }
 
@@ -119,15 +124,15 @@ impl Setup {
 
     fn command(&self) -> Command {
         let root = fs::metadata(&self.folder.0).expect("a folder").uid() == 0;
-        let mut command = if self.unprivileged && root {
+        let mut command = if let Some(user) = self.user.filter(|_| root) {
             // A copy: the folder that cargo builds in may be closed to this user. Made by another process: were it
             // open for writing here, a fork by another test could hold it open, and it could not be run.
             let copy = self.folder.0.join("ai-mux");
             let copied = Command::new("cp").arg(binary()).arg(&copy).status();
             assert!(copied.expect("run cp").success(), "copy the binary");
-            hand_over(&self.folder.0).expect("hand the folder over");
+            hand_over(&self.folder.0, user).expect("hand the folder over");
             let mut command = Command::new(copy);
-            command.uid(NOBODY).gid(NOBODY);
+            command.uid(user).gid(user);
             command
         } else if let Some(script) = &self.shell {
             let mut command = Command::new("/bin/sh");
@@ -201,14 +206,14 @@ fn free_address() -> SocketAddr {
 
 pub const NOBODY: u32 = 65534;
 
-/// Gives a folder and everything in it to an unprivileged user.
-fn hand_over(path: &Path) -> io::Result<()> {
-    chown(path, Some(NOBODY), Some(NOBODY))?;
+/// Gives a folder and everything in it to a user.
+fn hand_over(path: &Path, user: u32) -> io::Result<()> {
+    chown(path, Some(user), Some(user))?;
     for entry in fs::read_dir(path)? {
         let entry = entry?;
         match entry.file_type()?.is_dir() {
-            true => hand_over(&entry.path())?,
-            false => chown(entry.path(), Some(NOBODY), Some(NOBODY))?,
+            true => hand_over(&entry.path(), user)?,
+            false => chown(entry.path(), Some(user), Some(user))?,
         }
     }
     Ok(())
