@@ -1529,7 +1529,7 @@ static PROVIDERS: [Provider; 2] = [
         file: ".credentials.json",
         object: "claudeAiOauth",
         keys: ["accessToken", "refreshToken", "expiresAt"],
-        login: "CLAUDE_CONFIG_DIR=FOLDER claude /login",
+        login: "CLAUDE_CONFIG_DIR=FOLDER claude auth login",
     },
     Provider {
         name: "chatgpt",

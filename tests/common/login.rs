@@ -135,7 +135,7 @@ pub fn read(state: &Path, provider: &str) -> Value {
 pub fn remedy(state: &Path, provider: &str) -> String {
     let folder = state.join(provider);
     match provider {
-        "claude" => format!("CLAUDE_CONFIG_DIR={folder:?} claude /login"),
+        "claude" => format!("CLAUDE_CONFIG_DIR={folder:?} claude auth login"),
         _ => format!("CODEX_HOME={folder:?} codex login"),
     }
 }
