@@ -935,7 +935,7 @@ impl Proxy {
         let agreed = given.all(|other| other == token);
         let same = |user: &&User| user.token.expose().as_bytes().ct_eq(token).into();
         let found: Vec<_> = self.config.users.iter().filter(same).collect(); // no early end
-        // Did it name x-api-key, Claude Code would show "Not logged in" instead (2.1.332).
+        // Claude Code (2.1.332) shows "Not logged in" in place of any error that names x-api-key.
         let wrong = "wrong or no token for ai-mux; send a user's, as bearer token or API key";
         let unauthorized = || Reply::new(401, wrong);
         let user = found.first().filter(|_| agreed).ok_or_else(unauthorized)?;
