@@ -71,6 +71,7 @@
       nixosModules.default =
         { lib, pkgs, ... }:
         {
+          key = "${toString ./.}#nixosModules.default"; # imported twice, it counts once
           imports = [ ./module.nix ];
           services.ai-mux.package = lib.mkDefault self.packages.${pkgs.stdenv.hostPlatform.system}.default;
         };

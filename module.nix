@@ -70,7 +70,7 @@ let
       );
   upstream =
     narrow types.str ''URL that begins with "https://", or with "http://" and a loopback address''
-      (matching "https://[^@?#]+|http://(localhost|127\\.[0-9.]+|\\[::1])([:/][^@?#]*)?");
+      (matching "https://[^@?# ]+|http://(localhost|127(\\.[0-9]{1,3}){3}|\\[::1])([:/][^@?# ]*)?");
   outsideStore =
     types.externalPath or (narrow types.str "absolute path not in the Nix store" (
       path: lib.hasPrefix "/" path && !lib.hasPrefix builtins.storeDir path
@@ -197,11 +197,13 @@ in
             description = "`:PORT` for every interface, IPv4 and IPv6, or `HOST:PORT`.";
           };
           state_dir = mkOption {
-            type = outsideStore;
+            type = narrow outsideStore "absolute path not in the Nix store, without white space or %" (
+              matching "[^%[:space:]]+"
+            );
             default = "/var/lib/ai-mux";
             description = ''
-              Where the logins lie. Elsewhere than in /var/lib/ai-mux the folder is made together with a system user
-              `ai-mux` to own it.
+              Where the logins lie. Elsewhere than in /var/lib/ai-mux the folder (no link) is made, or taken over if
+              it is there, together with a system user `ai-mux` to own it alone.
             '';
           };
           log_level = unset (types.enum [
@@ -222,7 +224,7 @@ in
               "claude"
               "chatgpt"
             ];
-            description = "Which providers to serve; none means those whose login is there at the start.";
+            description = "Which providers to serve; none means those whose login is there at the start, one at least.";
           };
           users = mkOption {
             type = types.listOf (
@@ -349,6 +351,8 @@ in
             cfg.tls.certificate != null && cfg.tls.useACMEHost != null;
           "tls.useACMEHost: declare this host in security.acme.certs, too." =
             cfg.tls.useACMEHost != null && !config.security.acme.certs ? ${cfg.tls.useACMEHost};
+          "settings.tls: set enabled, too, or remove cert_path and key_path: without it there is no TLS." =
+            settings.tls.enabled == null && (settings.tls.cert_path != null || settings.tls.key_path != null);
           "settings.tls: with enabled, set cert_path and key_path, too." =
             settings.tls.enabled == true && (settings.tls.cert_path == null || settings.tls.key_path == null);
         };

@@ -422,6 +422,8 @@ let
       "port 0" = setting "port from 1 to 65535" { listen = ":0"; };
       "port 65536" = setting "port from 1 to 65535" { listen = ":65536"; };
       "IPv6 without brackets" = setting ''"HOST:PORT"'' { listen = "::1:8080"; };
+      "the state in two words" = setting "without white space" { state_dir = "/srv/my mux"; };
+      "the state with a specifier" = setting "without white space" { state_dir = "/srv/%h"; };
       "the state by ~" = setting "absolute path" { state_dir = "~/.ai-mux"; };
       "the state at home" = setting ''move "/home/mux" to /var/lib'' { state_dir = "/home/mux"; };
       "no such log level" = setting ''"debug", "info", "warn", "error"'' { log_level = "verbose"; };
@@ -454,6 +456,7 @@ let
         base_url = "https://me:password@api.example.org";
       };
       "plain http" = claude ''begins with "https://"'' { base_url = "http://api.example.org"; };
+      "plain http, in short" = claude ''begins with "https://"'' { base_url = "http://127.1:9"; };
       "plain http, nearly local" = claude ''begins with "https://"'' {
         token_url = "http://localhost.example.org";
       };
@@ -500,6 +503,7 @@ let
       ];
       "no such ACME host" = option "declare this host" { tls.useACMEHost = "mux.example.org"; };
       "TLS without files" = setting "set cert_path and key_path" { tls.enabled = true; };
+      "TLS files without TLS" = setting "or remove cert_path and key_path" { tls.cert_path = "/x"; };
       "a certificate at home" = setting ''move "/root/c.pem" to /var/lib'' {
         tls.cert_path = "/root/c.pem";
       };
@@ -587,7 +591,9 @@ let
           meta = { };
         };
       in
-      chosen [ ] == built && chosen [ { services.ai-mux.package = mine; } ] == mine;
+      chosen [ ] == built
+      && chosen [ flake.nixosModules.default ] == built # imported a second time
+      && chosen [ { services.ai-mux.package = mine; } ] == mine;
     "the VM test's machines are right configurations" = lib.all (
       node: node.text != "" && node.warnings == [ ]
     ) (builtins.attrValues machines.nodes);
