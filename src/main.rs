@@ -730,7 +730,8 @@ struct Proxy {
     /// Of exchanges that a worker is done with, until the gate takes their streams back.
     verdicts: Mutex<Vec<Verdict>>,
     waker: UnixStream,
-    /// A stop has closed all connections to upstream: an answer's end may be none.
+    /// A stop has closed all connections to upstream: what looks like an answer's end, or like a
+    /// fault of upstream's, may be that.
     cut: AtomicBool,
 }
 
@@ -765,7 +766,16 @@ impl Proxy {
     /// Serves the exchange that has been parked longest.
     fn serve(&self, ticket: Request) {
         let exchange = lock(&self.parked).pop_front();
-        let verdict = exchange.and_then(|e| fence(e, |exchange| self.handle(exchange)));
+        let handle = |exchange: &mut Exchange| {
+            let mut outcome = self.handle(exchange);
+            if let Err(end) = &mut outcome
+                && self.cut.load(Ordering::SeqCst)
+            {
+                end.message = "a stop of ai-mux cut it short; try again".into();
+            }
+            outcome
+        };
+        let verdict = exchange.and_then(|e| fence(e, handle));
         lock(&self.verdicts).push(verdict);
         drop(ticket.into_writer());
         let _ = (&self.waker).write(&[0]);
@@ -2227,7 +2237,7 @@ fn relay(answer: Answer, exchange: &mut Exchange, proxy: &Proxy) -> Outcome {
         WAIT_END.set(Instant::now() + proxy.config.stream_idle_timeout);
         let count = reader.read(&mut piece).map_err(broke)?;
         if count == 0 && proxy.cut.load(Ordering::SeqCst) {
-            return Err(broken("a stop cut it short"));
+            return Err(broken("what looks like the end may be none"));
         }
         let size = format!("{count:x}\r\n");
         let framed: &[u8] = match chunked {

@@ -87,12 +87,14 @@ fn what_waits_for_upstream_is_cut_short_with_its_line() {
     up.wait(2, |_| true);
     assert_eq!(mux.stop(), 0);
     assert!(begun.piece().is_err(), "an end that is no end");
-    assert_eq!(silent.answer().status, 502);
+    let answer = silent.answer();
+    assert_eq!(answer.status, 502);
+    assert!(answer.error().contains("a stop of ai-mux cut it short"));
     for what in ["status=200 bytes=3 ", "status=502 "] {
         let lines = mux.log_lines(what);
         assert!(
-            lines.len() == 1 && lines[0].contains(" ended="),
-            "{lines:?}"
+            lines.len() == 1 && lines[0].contains(" ended=\"a stop of ai-mux"),
+            "upstream is blamed: {lines:?}"
         );
     }
     go.advance();
@@ -118,7 +120,7 @@ fn an_answer_without_a_size_that_is_cut_short_is_broken() {
     assert!(client.piece().is_err(), "an end that is no end");
     let lines = mux.log_lines("status=200 bytes=3 ");
     assert!(
-        lines.len() == 1 && lines[0].contains(" ended="),
+        lines.len() == 1 && lines[0].contains(" ended=\"a stop of ai-mux"),
         "{lines:?}"
     );
     go.advance();
