@@ -17,9 +17,9 @@
 //! bounded size, is free. Then it is *parked*, and a ticket goes over the **inner connection** to
 //! tiny_http, which hands it to a worker. tiny_http sees nothing of a client: on the network it has
 //! no deadlines, hangs under a burst, and aborts on an absurd length. The worker takes the
-//! exchange, and may now block, within its deadlines: it alone reads the body and writes the
-//! answer, and it ends with a **verdict** on what becomes of the stream. A **credential** is a
-//! provider's login; whoever finds it ageing, a worker or its **keeper** in the background,
+//! exchange, and may now block, within its deadlines: it alone reads the body and writes upstream's
+//! answer, and it ends with a **verdict** on what becomes of the client's stream. A **credential**
+//! is a provider's login; whoever finds it ageing, a worker or its **keeper** in the background,
 //! refreshes it, one at a time. A **reply** is an answer of ai-mux's own; everything else that a
 //! client hears comes from **upstream**.
 //!
@@ -63,25 +63,28 @@ use ureq::{SendBody, tls::RootCerts};
 
 use secret::Secret;
 
-/// With musl's own, a request costs half as much again; glibc's keeps an arena for each thread.
+/// With musl's own allocator, a request costs half as much again; glibc's keeps an arena for each
+/// thread.
 #[global_allocator]
 static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 // ─── limits ──────────────────────────────────────────────────────────────────────────────────
-// Every bound of the program, with its reason. Sizes are bytes.
+// The bounds of the program, each with its reason; those of single settings stand in config. Sizes
+// are bytes.
 
 /// The largest head of a request, its request line and all fields.
 const HEAD_SIZE: usize = 32 << 10;
 /// The most fields in a head, or in trailers; no real client sends as many.
 const FIELD_COUNT: usize = 100;
-/// One line of a head. Must fit ureq's output buffer, which takes a header line whole.
+/// One line of a head, or between chunks. Must fit ureq's output buffer, which takes a header line
+/// whole.
 const LINE_SIZE: usize = 8 << 10;
 /// For a TLS handshake, and for a head from its first byte.
 const HEAD_TIME: Duration = Duration::from_secs(10);
 /// Before a head's first byte. Clients pool connections for a minute or two.
 const IDLE_TIME: Duration = Duration::from_secs(300);
-/// How long the gate, and each client not with a worker, pauses when there is no room, or no
-/// descriptor, for another connection.
+/// How long the gate pauses, and with it all clients that have no worker, when there is no room,
+/// or no descriptor, for another connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// What is read from a client in one go: a head and a small body fit.
 const CHUNK_SIZE: usize = 8 << 10;
@@ -100,7 +103,7 @@ const BODY_RATE: u32 = 1 << 10;
 /// one silence in a request's body, may take.
 const PIECE_SIZE: usize = 16 << 10;
 const PIECE_TIME: Duration = Duration::from_secs(30);
-/// How long what a client still sends is drained after its last answer, so that it can read that.
+/// How long what a client still sends is drained after its last answer, so that it can read it.
 const LINGER_TIME: Duration = Duration::from_secs(2);
 /// For tiny_http to hand out what it is sent at start.
 const PICKUP_TIME: Duration = Duration::from_secs(5);
@@ -123,7 +126,7 @@ const STACK_SIZE: usize = 512 << 10;
 /// of ours the second. Larger ones gain nothing, as each piece is passed on at once.
 const UPSTREAM_INPUT: usize = 16 << 10;
 const UPSTREAM_OUTPUT: usize = LINE_SIZE + 1024;
-/// Idle upstream connections, which keep those buffers; more are closed after a burst.
+/// Idle connections to each upstream, which keep those buffers; more are closed after a burst.
 const UPSTREAMS_KEPT: usize = 32;
 /// How long an idle upstream connection may be used again; most servers close theirs after 20 s
 /// or more.
@@ -155,7 +158,8 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(86400);
 const STOP_TIME: Duration = Duration::from_secs(10);
 /// For those that are cut short then, to say so in the log.
 const CUT_TIME: Duration = Duration::from_secs(1);
-/// Longer than anything takes, and short enough to be added to any clock.
+/// The longest duration in a configuration: longer than anything takes, and short enough to be
+/// added to any clock.
 const DURATION_MAX: Duration = Duration::from_secs(365 * 86400);
 
 // ─── main ────────────────────────────────────────────────────────────────────────────────────
@@ -182,7 +186,7 @@ fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
-/// What goes wrong, in words that say what to do, and the exit code for it.
+/// Does what the command line says. An error is the exit code, and words that say what to do.
 fn run() -> Result<(), (u8, String)> {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     let words: Vec<_> = arguments.iter().map(|a| a.to_str()).collect();
@@ -375,7 +379,7 @@ impl Gate {
         Ok(())
     }
 
-    /// Ends what has not ended by itself; a request that is connected to upstream gets its log line.
+    /// Ends what has not ended by itself; what is connected to upstream gets its log line.
     fn cut_short(&mut self) {
         // Refuse what is still queued, unless a worker is free.
         let expire = |exchange: &mut Exchange| exchange.stream.socket.deadline = Instant::now();
@@ -485,7 +489,7 @@ impl Gate {
         Ok(())
     }
 
-    /// As many as are needed, and some to spare, as long as there may be more.
+    /// Starts as many as are needed and some to spare, as long as there may be more.
     fn start_workers(&mut self) {
         let wanted = self.busy + self.queue.len() + SPARE_WORKERS;
         while self.running < wanted.min(self.workers) {
@@ -614,7 +618,7 @@ impl Tls {
 // ─── gate: the head ──────────────────────────────────────────────────────────────────────────
 // In: the bytes of one head. Out: its parts, checked (RFC 9112 sections 2 to 6), or a reply.
 // Stricter than the RFC where another reader could understand something else: no control
-// characters, no bare LF, no folding, one length, one Host.
+// character but the tab, no bare LF, no folding, one length, one Host.
 
 #[derive(Default)]
 struct Head {
@@ -822,7 +826,7 @@ struct Exchange {
 struct Report {
     user: String,
     provider: &'static str,
-    /// Of the answer: nothing was sent yet while it is 0; and the bytes of its body.
+    /// The answer's status, 0 until some of it is sent; and the bytes of its body.
     status: u16,
     bytes: u64,
     first: Option<Duration>,
@@ -946,7 +950,7 @@ impl Proxy {
         let same = |user: &&User| user.token.expose().as_bytes().ct_eq(token).into();
         let found: Vec<_> = self.config.users.iter().filter(same).collect(); // no early end
         // Claude Code (2.1.332) shows "Not logged in" in place of any error that names x-api-key.
-        let wrong = "wrong or no token for ai-mux; send a user's, as bearer token or API key";
+        let wrong = "wrong or no token for ai-mux, or two of them; send one, as bearer or API key";
         let unauthorized = || Reply::new(401, wrong);
         let user = found.first().filter(|_| agreed).ok_or_else(unauthorized)?;
         Ok(&user.name)
@@ -981,7 +985,7 @@ impl Proxy {
     }
 }
 
-/// The token that an Authorization offers: nothing good, if it is not of the one right form.
+/// The token that an Authorization offers: empty, if it is not of the one right form.
 fn bearer_in(value: &HeaderValue) -> &[u8] {
     match value.as_bytes().split_at_checked("bearer ".len()) {
         Some((scheme, token)) if scheme.eq_ignore_ascii_case(b"bearer ") => token,
@@ -992,7 +996,8 @@ fn bearer_in(value: &HeaderValue) -> &[u8] {
 // ─── credential ──────────────────────────────────────────────────────────────────────────────
 // In: a provider's credential file, which its own tools may rewrite at any moment; the token
 // endpoint's answers. Out: an access token that is good now, or why there is none. Any thread may
-// read the file; to refresh or write it, a worker or the provider's keeper thread waits its turn.
+// read the file; to refresh or write it, a worker, the provider's keeper, or main at the end, waits
+// its turn.
 // What cannot happen: two refreshes at once, a new token used before a save was tried, a file half
 // written, a log-out undone.
 
@@ -1016,7 +1021,7 @@ struct State {
     token: Option<Token>,
     /// How the file looked when it last held a login.
     seen: Option<Stamp>,
-    /// A file that looks like `seen` need not be read.
+    /// Whether a file that looks like `seen` need not be read.
     settled: bool,
     /// The access token that the last refresh brought, and when.
     refreshed: Option<(Secret, SystemTime)>,
@@ -1180,7 +1185,7 @@ impl Credential {
     /// Refreshes a token that is due.
     fn refresh_if_due(&self, _turn: MutexGuard<()>, margin: Duration, rejected: Option<&Secret>) {
         let due = || self.reload(true).due(margin, rejected).cloned();
-        // Again if the file had another login, which then wins, and that is due too.
+        // Once more if the file turns out to hold another login, which then wins, and is due too.
         while let Some(old) = due() {
             if let Err((why, least)) = self.refresh(&old) {
                 // Another tool may have refreshed meanwhile; then its login is the newer one.
@@ -1298,7 +1303,7 @@ impl Credential {
     }
 
     /// Replaces the file whole, through links: a new one is written beside it, synced, and renamed
-    /// over it if it still looks as it was `read`. Without `read`, all but the rename is rehearsed.
+    /// over it if it still looks as it was `read`. Without `read`, all up to that is rehearsed.
     fn replace(&self, text: &str, read: Option<Stamp>) -> Result<(), String> {
         let name = self.path.display();
         let failed =
@@ -1720,8 +1725,8 @@ fn header_value(text: &str) -> HeaderValue {
     HeaderValue::from_str(text).expect("a Secret, or joined from headers")
 }
 
-/// Headers that neither a client nor a configuration may send upstream: authentication, account,
-/// framing, `host`, hop-by-hop.
+/// Headers that no configuration may set, and no client pass on (but for its content-length):
+/// authentication, cookies, account, framing, `host`, `expect`, hop-by-hop.
 fn is_reserved(name: &str) -> bool {
     is_hop_by_hop(name)
         || matches!(name, "x-api-key" | "cookie" | "chatgpt-account-id")
@@ -1822,7 +1827,7 @@ impl Resolver for Lookup {
         }
         let found = DefaultResolver::default().resolve(uri, config, in_time(time));
         let mut found = found.or_else(|e| known.map(|(_, old)| old).ok_or(e))?;
-        found.sort_by_key(SocketAddr::is_ipv6); // which, where it is broken, costs a time-out
+        found.sort_by_key(SocketAddr::is_ipv6); // last: where it is broken, it costs a time-out
         lock(&self.0).insert(name, (Instant::now() + LOOKUP_AGE, found.clone()));
         Ok(found)
     }
@@ -1835,7 +1840,7 @@ thread_local! {
 
 /// A ureq transport that waits until `WAIT_END`, and is open only if nothing is left to read;
 /// `Deadline<()>` makes one of any other. ureq's own limits start anew with each phase of a
-/// request, and know no silence in a body alone.
+/// request, and none bounds each silence in a body alone.
 #[derive(Debug)]
 struct Deadline<T>(T);
 
@@ -1849,8 +1854,8 @@ impl<T: Transport> Connector<T> for Deadline<()> {
     }
 }
 
-/// `time`, or what is left until `WAIT_END` if less: `is_open` asks for none, and behind a proxy
-/// one `Deadline` is inside another.
+/// `time`, or what is left until `WAIT_END` if less: `is_open` asks for no wait at all, and behind
+/// a proxy one `Deadline` is inside another.
 fn in_time(mut time: NextTimeout) -> NextTimeout {
     // In tenths of a second: mostly the same again, so that the socket need not be set anew.
     let left = left_until(WAIT_END.get()).as_micros();
@@ -1873,7 +1878,7 @@ impl<T: Transport> Transport for Deadline<T> {
     }
 
     fn is_open(&mut self) -> bool {
-        // TLS may have read more already, or its end; an error is the time-out: there is nothing.
+        // TLS may have read more already, or its end; an error is the time-out: nothing has come.
         let time = NextTimeout {
             after: Duration::ZERO.into(),
             ..NextTimeout::default()
@@ -1895,7 +1900,7 @@ struct Socket {
     tcp: TcpStream,
     /// When the present step ends in `TimedOut`.
     deadline: Instant,
-    /// With a worker it waits until then; in the gate it is `WouldBlock`.
+    /// Whether a step waits until then, as with a worker, or is `WouldBlock`, as in the gate.
     blocking: bool,
 }
 
@@ -2080,7 +2085,7 @@ impl Stream {
 impl Exchange {
     /// Reads a small body into memory whole. Of a large one, nothing is read if its size is known,
     /// else its first `HELD_SIZE`, and a byte.
-    fn hold(&mut self) -> Outcome {
+    fn hold(&mut self) -> Result<(), Reply> {
         if self.head.body.left > HELD_SIZE {
             return Ok(());
         }
@@ -2522,7 +2527,7 @@ const LEVEL: Kind<LevelFilter> = ("debug, info, warn or error", |value| {
 
 const DURATION: Kind<Duration> = ("60s, 1h30m or the like, or seconds", |value| {
     let seconds = value.as_u64().map(Duration::from_secs);
-    // humantime also knows days and up.
+    // humantime also knows days and up, and long names, of which `min` goes with them.
     let short = |text: &&str| !text.contains(|c| "Mdiwy".contains(c));
     let text = value.as_str().filter(short);
     let time = seconds.or_else(|| humantime::parse_duration(text?).ok())?;
@@ -2582,7 +2587,8 @@ fn whole_uri(text: &str) -> Option<http::Uri> {
 }
 
 // ─── replies ─────────────────────────────────────────────────────────────────────────────────
-// What a client hears from ai-mux itself, which says what to do; with status 0 only the log does.
+// What a client hears from ai-mux itself, which says what to do; with status 0 only the log hears
+// it.
 
 struct Reply {
     /// 0: nobody hears it, it is only logged, as the connection is broken off.
