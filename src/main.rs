@@ -2442,16 +2442,13 @@ fn repeated<T>(items: &[T], same: impl Fn(&T, &T) -> bool) -> Option<&T> {
 
 /// Why the file cannot be parsed, quoting nothing but what looks like a repeated field's name.
 fn unquoted(e: impl Display) -> String {
-    let mut text = e.to_string();
+    let text = e.to_string();
     let letter = |b: u8| b == b'_' || b.is_ascii_lowercase();
     let name = |key: &str| text.contains("duplicate") && key.len() < 16 && key.bytes().all(letter);
-    let quotes = ['"', '`'];
-    let quoted = text.split(quotes).nth(1);
-    if quoted.is_some_and(|quoted| !name(quoted)) {
-        text.truncate(text.find(quotes).unwrap_or(text.len()));
-        text += "(not shown)";
+    match text.split(['"', '`']).collect::<Vec<_>>()[..] {
+        [front, quoted, ..] if !name(quoted) => format!("{front}(not shown)"),
+        _ => text.clone(),
     }
-    text
 }
 
 /// The fields of a part of the file, none of them unknown.
