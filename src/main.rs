@@ -482,8 +482,8 @@ impl Gate {
         self.inner.write_all(&TICKET.repeat(count))?;
         let late = |e: &mut Exchange| left_until(e.stream.socket.deadline).is_zero();
         for exchange in self.queue.extract_if(.., late) {
-            let busy = Reply::new(503, "no worker was free; try again, or raise `workers`");
-            let busy = busy.retry_after(Duration::from_secs(1));
+            let mut busy = Reply::new(503, "no worker was free; try again, or raise `workers`");
+            busy.retry_after = Some(Duration::from_secs(1));
             self.connections.extend(exchange.conclude(Err(busy)));
         }
         Ok(())
@@ -1124,9 +1124,10 @@ impl Credential {
             (Some((why, None)), _) => Err(dead(why)),
             (_, Some(token)) => Ok(token.clone()),
             (Some((why, Some(until))), None) => {
-                let wait = left_until(*until) + Duration::from_secs(1);
                 let why = format!("the login could not be refreshed: {why}; wait and try again");
-                Err(Reply::new(503, why).retry_after(wait))
+                let mut later = Reply::new(503, why);
+                later.retry_after = Some(left_until(*until) + Duration::from_secs(1));
+                Err(later)
             }
             (None, None) => Err(dead(&format!("it has expired; {}", self.remedy()))),
         }
@@ -1981,7 +1982,6 @@ impl Stream {
 
     /// The stream as it is in the gate: between two heads, or after its last answer.
     fn enter_gate(mut self) -> Stream {
-        self.partial = false;
         self.buffered.shrink_to_fit(); // an idle connection holds no buffer
         self.socket.blocking = false;
         self.socket.deadline = Instant::now() + self.allowance();
@@ -2097,8 +2097,7 @@ impl Exchange {
     }
 
     fn read_body(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let open = !self.head.body.is_done();
-        if std::mem::take(&mut self.head.expect) && open {
+        if std::mem::take(&mut self.head.expect) && !self.head.body.is_done() {
             self.stream.write_piece(b"HTTP/1.1 100 Continue\r\n\r\n")?;
         }
         let began = Instant::now();
@@ -2106,9 +2105,7 @@ impl Exchange {
         let count = self.head.body.read(&mut self.stream, out)?;
         let earned = Duration::from_secs(count as u64) / BODY_RATE;
         self.patience = (self.patience + earned).saturating_sub(began.elapsed());
-        if open {
-            WAIT_END.set(Instant::now() + self.timeout); // it counts from the body's end
-        }
+        WAIT_END.set(Instant::now() + self.timeout); // it counts from the body's end
         Ok(count)
     }
 }
@@ -2171,11 +2168,8 @@ impl Body {
         if self.chunked && self.left == 0 {
             self.next_chunk(source)?;
         }
-        if self.is_done() || out.is_empty() {
-            return Ok(0);
-        }
         let count = source.take(self.left).read(out)?;
-        if count == 0 {
+        if count == 0 && self.left > 0 && !out.is_empty() {
             return Err(ErrorKind::UnexpectedEof.into());
         }
         self.left -= count as u64;
@@ -2601,11 +2595,6 @@ impl Reply {
             message: message.into(),
             retry_after: None,
         }
-    }
-
-    fn retry_after(mut self, wait: Duration) -> Reply {
-        self.retry_after = Some(wait);
-        self
     }
 
     /// The whole answer: head, and the body that both vendors' SDKs show; and that one's length.
