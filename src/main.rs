@@ -914,14 +914,15 @@ impl Proxy {
     /// What a worker does for a request that has passed the gate.
     fn handle(&self, exchange: &mut Exchange) -> Outcome {
         let (upstream, url) = self.route(&exchange.head.target)?;
-        upstream.credential.token()?; // before the body, which may take minutes, and after it
+        upstream.credential.token(None)?; // before the body, which may take minutes, and after it
         exchange.hold()?;
-        let token = upstream.credential.token()?;
+        let token = upstream.credential.token(None)?;
         let whole = exchange.head.body.is_done();
         let mut answer = upstream.send(&url, &token, exchange)?;
         // A token that is refused is refreshed even if this request cannot be sent again.
         if answer.status() == http::StatusCode::UNAUTHORIZED
-            && let Some(newer) = upstream.credential.rejected(&token)
+            && let Ok(newer) = upstream.credential.token(Some(&token.access))
+            && newer.access != token.access
             && whole
         {
             exchange.held.set_position(0);
@@ -1104,18 +1105,20 @@ fn stamp(path: &Path) -> Option<Stamp> {
 }
 
 impl Credential {
-    /// An access token to use now. Waits for a refresh if there is none that is good; and the
-    /// first who finds it ageing waits too, while the others use it.
-    fn token(&self) -> Result<Token, Reply> {
-        let mut state = self.reload(false);
-        if let Some(old) = state.due(TOKEN_MARGIN, None).cloned() {
+    /// An access token to use now; not the one that upstream `rejected`, if there can be another.
+    /// Waits for a refresh if there is none that is good; and the first who finds it ageing waits
+    /// too, while the others use it.
+    fn token(&self, rejected: Option<&Secret>) -> Result<Token, Reply> {
+        let mut state = self.reload(rejected.is_some());
+        if let Some(old) = state.due(TOKEN_MARGIN, rejected).cloned() {
             drop(state);
             self.turn.clear_poison(); // or `try_lock` would fail
             let turn = self.turn.try_lock().ok();
-            if turn.is_none() && old.lasts(Duration::ZERO) {
+            if turn.is_none() && old.lasts(Duration::ZERO) && rejected != Some(&old.access) {
                 return Ok(old);
             }
-            self.refresh_if_due(turn.unwrap_or_else(|| lock(&self.turn)), TOKEN_MARGIN, None);
+            let turn = turn.unwrap_or_else(|| lock(&self.turn));
+            self.refresh_if_due(turn, TOKEN_MARGIN, rejected);
             state = self.reload(false);
         }
         let dead = |why: &str| Reply::new(503, format!("ai-mux has no login to use: {why}"));
@@ -1131,16 +1134,6 @@ impl Credential {
             }
             (None, None) => Err(dead(&format!("it has expired; {}", self.remedy()))),
         }
-    }
-
-    /// Upstream answered 401 to this token: a newer one, from disk or from a refresh, if any.
-    fn rejected(&self, token: &Token) -> Option<Token> {
-        let newer = |other: &Token| other.access != token.access;
-        let good = |other: &Token| newer(other) && other.lasts(Duration::ZERO);
-        if !self.reload(true).token.as_ref().is_some_and(good) {
-            self.refresh_if_due(lock(&self.turn), TOKEN_MARGIN, Some(&token.access));
-        }
-        self.reload(false).token.clone().filter(newer)
     }
 
     fn is_ready(&self) -> bool {
@@ -1363,13 +1356,12 @@ impl Credential {
             return state;
         }
         state.settled = false;
-        let only_copy = state.unsaved.is_some();
         // Whether the token in memory still serves: not after a log-out; if the file is unusable,
         // only as the only copy.
         let kept = |e: &io::Error| match e.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => false,
-            ErrorKind::InvalidInput | ErrorKind::PermissionDenied => only_copy,
-            _ => state.token.is_some() || only_copy,
+            ErrorKind::InvalidInput | ErrorKind::PermissionDenied => state.unsaved.is_some(),
+            _ => state.token.is_some(),
         };
         match self.read() {
             Ok((stamp, _, token)) => {
