@@ -1626,7 +1626,6 @@ impl Upstream {
             .timeout_global(Some(TOKEN_TIME))
             .max_idle_connections(0);
         let requests = agent_config(config, roots, &settings.base_url)?
-            .timeout_resolve(time)
             .timeout_connect(time)
             .max_idle_connections(UPSTREAMS_KEPT)
             .max_idle_connections_per_host(UPSTREAMS_KEPT);
@@ -1652,11 +1651,15 @@ impl Upstream {
     fn send(&self, url: &str, token: &Token, exchange: &mut Exchange) -> Result<Answer, Reply> {
         let request = self.outgoing(url, token, &exchange.head)?;
         WAIT_END.set(Instant::now() + exchange.timeout);
-        let answer = if request.headers().keys().any(is_framing) {
-            let body = SendBody::from_reader(exchange);
-            self.agent.run(request.map(|()| body))
-        } else {
-            self.agent.run(request)
+        let answer = match exchange.head.method.as_str() {
+            // Without a Content-Length, ureq sends it in chunks.
+            _ if exchange.head.fields.keys().any(is_framing) => {
+                let body = SendBody::from_reader(exchange);
+                self.agent.run(request.map(|()| body))
+            }
+            // A length of 0 (RFC 9110 section 8.6).
+            "POST" | "PUT" | "PATCH" => self.agent.run(request.map(|()| &b""[..])),
+            _ => self.agent.run(request),
         };
         answer.map_err(|e| {
             let (status, why) = match e {
@@ -1679,13 +1682,6 @@ impl Upstream {
             if name == CONTENT_LENGTH || !hop_by_hop && !self.is_dropped(name.as_str()) {
                 headers.append(name, value.clone());
             }
-        }
-        if head.fields.contains_key(TRANSFER_ENCODING) {
-            headers.insert(TRANSFER_ENCODING, header_value("chunked")); // as ureq knows it
-        }
-        // Without it ureq would send these chunked (RFC 9110 section 8.6 wants it anyway).
-        if matches!(method, "POST" | "PUT" | "PATCH") && !headers.keys().any(is_framing) {
-            headers.insert(CONTENT_LENGTH, 0.into());
         }
         headers.extend(self.settings.headers.clone());
         let bearer = format!("Bearer {}", token.access.expose());
