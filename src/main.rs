@@ -176,7 +176,6 @@ usage: ai-mux [--config PATH]
   --version       the version
 ";
 
-#[cfg_attr(test, allow(dead_code))]
 fn main() -> ExitCode {
     let Err((code, message)) = run() else {
         return ExitCode::SUCCESS;

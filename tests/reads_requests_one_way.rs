@@ -7,6 +7,7 @@ mod check;
 mod common;
 #[path = "fuzz/generate.rs"]
 mod generate;
+#[allow(dead_code)] // its main
 #[path = "../src/main.rs"]
 mod program;
 #[path = "fuzz/random.rs"]
