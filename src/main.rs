@@ -103,6 +103,9 @@ const BODY_RATE: u32 = 1 << 10;
 /// one silence in a request's body, may take.
 const PIECE_SIZE: usize = 16 << 10;
 const PIECE_TIME: Duration = Duration::from_secs(30);
+/// How often a write is tried that has no room: Linux tells of room only once a third of the
+/// socket's buffer is free, which grows to megabytes; a slow reader takes longer than for a piece.
+const RETRY_TIME: Duration = Duration::from_secs(1);
 /// How long what a client still sends is drained after its last answer, so that it can read it.
 const LINGER_TIME: Duration = Duration::from_secs(2);
 /// For tiny_http to hand out what it is sent at start.
@@ -1902,7 +1905,7 @@ impl Socket {
             match go() {
                 Err(e) if e.kind() == ErrorKind::WouldBlock && self.blocking => {
                     let mut source = [PollFd::new(&self.tcp, flags)];
-                    let _ = poll(&mut source, left.try_into().ok().as_ref());
+                    let _ = poll(&mut source, left.min(RETRY_TIME).try_into().ok().as_ref());
                 }
                 outcome => return outcome,
             }

@@ -13,7 +13,7 @@ const LONG: Duration = Duration::from_secs(60);
 
 type Family = fn(&Mux, &Upstream);
 
-const FAMILIES: [(&str, Family); 10] = [
+const FAMILIES: [(&str, Family); 11] = [
     ("heads that stay half", half_sent_heads),
     ("heads that drip", dripped_heads),
     (
@@ -27,6 +27,7 @@ const FAMILIES: [(&str, Family); 10] = [
     ("answers that nobody reads", never_readers),
     ("a body that is slow, but not too slow", slow_body),
     ("a reader that is slow, but not too slow", slow_reader),
+    ("a reader that is slow, but never pauses", steady_reader),
 ];
 
 /// An empty line behind a body is nothing, and no head that has begun.
@@ -253,5 +254,26 @@ fn slow_reader(mux: &Mux, _: &Upstream) {
     for (client, taken) in clients.iter_mut().zip(taken) {
         let rest = client.body().expect("a whole body").len();
         assert_eq!(taken + rest, 2000 * (16 << 10));
+    }
+}
+
+/// A piece every half second, for longer than a piece may take. The kernel tells of room for the next only once a
+/// third of a buffer of megabytes is free, which takes longer than that.
+fn steady_reader(mux: &Mux, _: &Upstream) {
+    let mut clients = clients(mux, 2);
+    for client in &mut clients {
+        let headers = [BEARER, ("x-stream", "1000")];
+        client.request("POST", MESSAGES, &headers, b"").head();
+    }
+    let mut taken = [0; 2];
+    for _ in 0..80 {
+        thread::sleep(Duration::from_millis(500));
+        for (client, taken) in clients.iter_mut().zip(&mut taken) {
+            *taken += client.text().len();
+        }
+    }
+    for (client, taken) in clients.iter_mut().zip(taken) {
+        let rest = client.body().expect("a whole body").len();
+        assert_eq!(taken + rest, 1000 * (16 << 10));
     }
 }
