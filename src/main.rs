@@ -2309,9 +2309,16 @@ struct User {
 impl Config {
     fn load(path: &Path) -> Result<Config, String> {
         let read = fs::read_to_string(path).map_err(|e| e.to_string());
+        let read = read.map(|text| text.trim_start_matches('\u{feff}').to_owned());
         let parsed = read.and_then(|text| match path.extension() {
             Some(json) if json == "json" => serde_json::from_str(&text).map_err(unquoted),
-            _ => serde_yaml::from_str(text.trim_start_matches('\u{feff}')).map_err(unquoted),
+            _ => {
+                // JSON has no tags: `!secret x`, for others to look up, must not be taken for x.
+                let untagged = serde_yaml::from_str::<Value>(&text);
+                untagged
+                    .and_then(|_| serde_yaml::from_str(&text))
+                    .map_err(unquoted)
+            }
         });
         let line = |e| format!("{}: {e}", path.display()).replace(char::is_control, " ");
         parsed.and_then(Config::from_yaml).map_err(line)
@@ -2376,15 +2383,16 @@ fn provider(mut entry: Yaml) -> Result<ProviderSettings, String> {
 fn user(entry: Yaml) -> Result<User, String> {
     let entry = &mut fields(entry, "name token token_file")?;
     let name = field("name", entry, "", NAME)?;
+    let mut place = format!("{name:?}");
     if let Some(path) = field("token_file", entry, Yaml::Null, PATH)? {
-        let failed = |e| format!("{name:?}: token_file {}: {e}", path.display());
-        let text = fs::read_to_string(&path).map_err(failed)?;
+        place += &format!(": token_file {}", path.display());
+        let text = fs::read_to_string(&path).map_err(|e| format!("{place}: {e}"))?;
         let token = entry.insert("token".into(), text.trim().into());
         if token.is_some_and(|token| !token.is_null()) {
             return Err(format!("{name:?}: expected token or token_file, not both"));
         }
     }
-    let token = field("token", entry, "", TOKEN).map_err(|e| format!("{name:?}: {e}"))?;
+    let token = field("token", entry, "", TOKEN).map_err(|e| format!("{place}: {e}"))?;
     Ok(User { name, token })
 }
 
@@ -2426,7 +2434,7 @@ fn repeated<T>(items: &[T], same: impl Fn(&T, &T) -> bool) -> Option<&T> {
 
 /// Why the file cannot be parsed, quoting nothing but what looks like a repeated field's name.
 fn unquoted(e: impl Display) -> String {
-    let text = e.to_string();
+    let text = e.to_string().replace("type: enum", "type: a tag"); // serde's word for it
     let letter = |b: u8| b == b'_' || b.is_ascii_lowercase();
     let name = |key: &str| text.contains("duplicate") && key.len() < 16 && key.bytes().all(letter);
     match text.split(['"', '`']).collect::<Vec<_>>()[..] {
@@ -2487,8 +2495,10 @@ const PATH: Kind<Option<PathBuf>> = ("a path", |value| {
 const ADDRESS: Kind<(String, u16)> = ("\":PORT\" or \"HOST:PORT\"", |value| {
     let (host, port) = value.as_str()?.rsplit_once(':')?;
     let host = if host.is_empty() { "[::]" } else { host };
-    let host = host.trim_matches(['[', ']']);
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._:%".contains(&b);
+    let ip = (host.strip_prefix('[')).and_then(|host| host.strip_suffix(']'));
+    let host = ip.unwrap_or(host);
+    let marks: &[u8] = if ip.is_some() { b"-._:%" } else { b"-._" };
+    let plain = |b: u8| b.is_ascii_alphanumeric() || marks.contains(&b);
     let fine = !host.is_empty() && host.bytes().all(plain);
     Some((host.to_owned(), port.parse().ok()?)).filter(|_| fine && !port.starts_with('+'))
 });

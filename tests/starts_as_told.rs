@@ -68,8 +68,10 @@ fn start(up: &Upstream, name: &str, text: impl Fn(&Value) -> String) -> Mux {
 #[test]
 fn json_and_yaml_say_the_same() {
     let up = Upstream::plain();
-    let json = start(&up, "config.json", |config| config.to_string());
-    assert_eq!(json.message().status, 200);
+    for mark in ["", "\u{feff}"] {
+        let json = start(&up, "config.json", |config| format!("{mark}{config}"));
+        assert_eq!(json.message().status, 200);
+    }
     for name in ["config.yaml", "config.yml", "config"] {
         let yaml = start(&up, name, |config| {
             format!(
