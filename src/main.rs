@@ -1026,13 +1026,13 @@ struct State {
     seen: Option<Stamp>,
     /// Whether a file that looks like `seen` need not be read.
     settled: bool,
-    /// The access token that the last refresh brought, and when.
-    refreshed: Option<(Secret, SystemTime)>,
+    /// Of the last refresh: the token that was spent, what it brought, and when.
+    last: Option<(Token, Token, SystemTime)>,
+    /// What it brought is not on disk, or no more.
+    unsaved: bool,
     /// The last wait after a failed refresh.
     backoff: Duration,
     failure: Option<Outage>,
-    /// The token that was spent, and what it brought, if that is not on disk yet.
-    unsaved: Option<(Token, Token)>,
     /// No refresh begins any more.
     stopping: bool,
 }
@@ -1090,8 +1090,8 @@ impl State {
     /// that is in the past by our clock, is reason for another.
     fn is_young(&self, token: &Token) -> bool {
         let young = |at: &SystemTime| at.elapsed().is_ok_and(|age| age < TOKEN_MARGIN);
-        let last = self.refreshed.as_ref();
-        last.is_some_and(|(access, at)| *access == token.access && young(at))
+        let last = self.last.as_ref();
+        last.is_some_and(|(_, new, at)| new.access == token.access && young(at))
     }
 }
 
@@ -1172,7 +1172,7 @@ impl Credential {
     /// At the end: waits for a refresh that runs, writes what is unsaved, and tells what is lost.
     fn finish(&self) {
         self.look();
-        if lock(&self.state).unsaved.is_some() {
+        if lock(&self.state).unsaved {
             let (name, remedy) = (self.provider.name, self.remedy());
             error!("{name}: the new login could not be saved and is lost; {remedy}");
         }
@@ -1196,7 +1196,7 @@ impl Credential {
     /// Spends a refresh token, but first makes sure that what it brings can be saved.
     fn refresh(&self, old: &Token) -> Result<(), RefreshError> {
         let passing = |why| (why, Some(Duration::ZERO));
-        if lock(&self.state).unsaved.is_some() {
+        if lock(&self.state).unsaved {
             return Err(passing("the last refresh is not on disk yet".into()));
         }
         // Another ai-mux may have a link to it, in a state_dir of its own.
@@ -1218,8 +1218,8 @@ impl Credential {
         }
         let new = self.request_token(old)?;
         let mut state = lock(&self.state);
-        state.refreshed = Some((new.access.clone(), SystemTime::now()));
-        state.unsaved = Some((old.clone(), new));
+        state.last = Some((old.clone(), new, SystemTime::now()));
+        state.unsaved = true;
         drop(state);
         self.save();
         Ok(())
@@ -1266,18 +1266,20 @@ impl Credential {
 
     /// Puts what is unsaved on disk, then into use; or only into use, if that fails.
     fn save(&self) {
-        let unsaved = lock(&self.state).unsaved.clone();
-        let Some((old, new)) = unsaved else { return };
+        let unsaved = |state: MutexGuard<State>| state.last.clone().filter(|_| state.unsaved);
+        let Some((old, new, _)) = unsaved(lock(&self.state)) else {
+            return;
+        };
         let saved = self.write(&old, &new).or_else(|_| {
             thread::sleep(SAVE_PAUSE);
             self.write(&old, &new)
         });
         let mut state = self.reload(true);
         match saved {
-            _ if state.unsaved.is_none() => {} // a login of the file's own, or a log-out, has won
+            _ if !state.unsaved => {} // a login of the file's own, or a log-out, has won
             Ok(token) => {
                 info!("{}: refreshed", self.provider.name);
-                (state.token, state.unsaved) = (Some(token), None);
+                (state.token, state.unsaved) = (Some(token), false);
                 (state.failure, state.backoff) = (None, Duration::ZERO);
             }
             Err(why) => {
@@ -1291,7 +1293,9 @@ impl Credential {
     /// Writes a new token into the file, unless that has another login; returns what it then has.
     fn write(&self, old: &Token, new: &Token) -> Result<Token, String> {
         let (read, mut json, found) = self.read().map_err(|e| e.to_string())?;
-        if found.refresh == old.refresh {
+        // It may be in place already, if its folder could not be synced.
+        let placed = found.refresh == new.refresh && found.access == new.access;
+        if found.refresh == old.refresh && !placed {
             self.provider.edit(&mut json, new);
             self.replace(&json.to_string(), Some(read))?;
         }
@@ -1302,8 +1306,9 @@ impl Credential {
     /// over it if it still looks as it was `read`. Without `read`, all up to that is rehearsed.
     fn replace(&self, text: &str, read: Option<Stamp>) -> Result<(), String> {
         let name = self.path.display();
+        let folder = self.folder();
         let failed =
-            |e| format!("{name} cannot be replaced: {e}; its folder must be writable, with room");
+            |e| format!("{name} cannot be replaced: {e}; {folder} must be writable, with room");
         let target = self.path.canonicalize().map_err(failed)?;
         // A rehearsal uses another name, so that its blanks can never be put in place.
         let suffix = read.map_or("ai-mux-try", |_| "ai-mux-new");
@@ -1343,8 +1348,8 @@ impl Credential {
         };
         state.backoff = (state.backoff * 2).clamp(BACKOFF_MIN, BACKOFF_MAX);
         let time = state.backoff.max(least).min(RETRY_AFTER_MAX);
-        let (seconds, unsaved) = (time.as_secs(), state.unsaved.is_some());
-        let level = if unsaved { Level::Error } else { Level::Warn };
+        let seconds = time.as_secs();
+        let level = [Level::Warn, Level::Error][state.unsaved as usize];
         log!(level, "{name}: refresh: {why}; next try in {seconds}s");
         state.failure = Some((why, Some(Instant::now() + time)));
         self.wake_keeper.notify_all();
@@ -1362,7 +1367,7 @@ impl Credential {
         // only as the only copy.
         let kept = |e: &io::Error| match e.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => false,
-            ErrorKind::InvalidInput | ErrorKind::PermissionDenied => state.unsaved.is_some(),
+            ErrorKind::InvalidInput | ErrorKind::PermissionDenied => state.unsaved,
             _ => state.token.is_some(),
         };
         match self.read() {
@@ -1386,10 +1391,21 @@ impl Credential {
     /// or ours on its way to the disk.
     fn adopt(&self, state: &mut State, token: Option<Token>, failure: Option<Outage>) {
         let (name, refresh) = (self.provider.name, token.as_ref().map(|t| &t.refresh));
-        let known = match &state.unsaved {
-            Some((old, new)) => [Some(&old.refresh), Some(&new.refresh)].contains(&refresh),
-            None if token.is_some() => token == state.token,
-            None => state.token.is_none() && failure == state.failure,
+        if let Some((old, new, _)) = state.last.clone()
+            && refresh == Some(&old.refresh)
+            && !(state.unsaved || new.refresh == old.refresh)
+        {
+            // To spend it again would end the login: what it brought goes over it.
+            (state.token, state.unsaved) = (Some(new), true);
+            let why = "its file has the login again that was spent".into();
+            self.fail(state, why, Some(Duration::ZERO));
+        }
+        let known = match &state.last {
+            Some((old, new, _)) if state.unsaved => {
+                [&old.refresh, &new.refresh].map(Some).contains(&refresh)
+            }
+            _ if token.is_some() => token == state.token,
+            _ => state.token.is_none() && failure == state.failure,
         };
         if known {
             return;
@@ -1399,7 +1415,7 @@ impl Credential {
             Some((why, _)) => warn!("{name}: {why}"),
         }
         (state.token, state.failure) = (token, failure);
-        (state.unsaved, state.backoff) = (None, Duration::ZERO);
+        (state.unsaved, state.backoff) = (false, Duration::ZERO);
     }
 
     /// What the file holds, if it is ours to use, else why not and what to do: `InvalidData` if
@@ -2314,10 +2330,8 @@ impl Config {
             Some(json) if json == "json" => serde_json::from_str(&text).map_err(unquoted),
             _ => {
                 // JSON has no tags: `!secret x`, for others to look up, must not be taken for x.
-                let untagged = serde_yaml::from_str::<Value>(&text);
-                untagged
-                    .and_then(|_| serde_yaml::from_str(&text))
-                    .map_err(unquoted)
+                let untagged = serde_yaml::from_str::<Value>(&text).map_err(unquoted);
+                untagged.and_then(|_| serde_yaml::from_str(&text).map_err(unquoted))
             }
         });
         let line = |e| format!("{}: {e}", path.display()).replace(char::is_control, " ");

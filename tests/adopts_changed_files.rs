@@ -240,6 +240,28 @@ fn a_file_that_changes_during_a_refresh_wins() {
     assert_eq!(login::read(&mux.state(), "claude").to_string(), text);
 }
 
+/// As another tool does that had read the file before, or whoever plays an older file back: the login would be lost.
+#[test]
+fn a_login_that_was_spent_and_is_put_back_is_no_news() {
+    let up = Upstream::plain();
+    let old = up.login("claude", -10);
+    let mux = Setup::new(&up).save("claude", &old.claude()).start();
+    let ours = used(&up, &mux);
+    let mut theirs = old.claude();
+    theirs["added"] = json!("by another tool");
+    for _ in 0..2 {
+        login::save(&mux.state(), "claude", &theirs);
+        assert_eq!(used(&up, &mux), ours);
+        wait_until("ours is in its place again", || {
+            login::read(&mux.state(), "claude")["claudeAiOauth"]["accessToken"] == json!(ours)
+        });
+        let file = login::read(&mux.state(), "claude");
+        assert_eq!(file["added"], theirs["added"]);
+    }
+    assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+    assert_eq!(mux.log_lines("that was spent").len(), 2);
+}
+
 /// What wins is a login like any other: if it has expired, it is refreshed in its turn.
 #[test]
 fn an_expired_file_that_wins_is_refreshed() {

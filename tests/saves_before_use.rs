@@ -204,6 +204,21 @@ fn what_is_written_late_is_still_young() {
     assert_eq!(up.refreshes().len(), 1);
 }
 
+/// A folder that goes away is a log-out; but what comes back with it is the login that was spent.
+#[test]
+fn what_could_not_be_written_outlives_a_folder_that_goes_away_for_a_moment() {
+    let up = Upstream::plain();
+    let mux = unsaved(&up, Setup::new(&up).set("refresh_check_interval", "1s"));
+    let (folder, away) = (mux.state().join("claude"), mux.state().join("away"));
+    fs::rename(&folder, &away).expect("move the folder");
+    wait_until("it is logged out", || mux.message().status == 503);
+    allow(&away, 0o700);
+    fs::rename(&away, &folder).expect("move it back");
+    wait_until("it is served", || mux.message().status == 200);
+    wait_until_saved(&up, &mux);
+    assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+}
+
 /// As another tool does that is about to write the file anew: until it has, nothing of ours goes upstream.
 #[test]
 fn a_file_that_is_just_being_written_is_waited_for() {
@@ -400,4 +415,46 @@ fn what_keeps_it_from_being_saved_is_told() {
     let lost = log.lines().rev().find(|line| line.contains("ERROR"));
     assert!(lost.is_some_and(|line| line.contains("lost")), "{log}");
     assert!(log.trim_end().ends_with("stopped"), "{log}");
+}
+
+/// Where a folder cannot be opened to be synced, what is in place counts as saved; also where it cannot be told by
+/// a new refresh token that it is.
+#[test]
+fn what_is_in_place_is_saved_even_if_its_folder_cannot_be_synced() {
+    let up = Upstream::plain();
+    let setup = Setup::bare(&up).save("claude", &up.login("claude", -10).claude());
+    let (folder, fresh) = (setup.state().join("claude"), up.login("claude", 3600));
+    let answer = json!({"access_token": fresh.access, "expires_in": 3600});
+    up.on_refresh(move |_, conn| conn.json(200, &answer).map(|()| true));
+    let setup = setup.unprivileged();
+    allow(&folder, 0o300);
+    let mux = setup.start();
+    assert_eq!(mux.message().status, 200);
+    wait_until_saved(&up, &mux);
+    allow(&folder, 0o700);
+    mux.wait_log("claude: refreshed");
+    assert!(mux.log_lines("ERROR").is_empty(), "{}", mux.log());
+}
+
+#[test]
+fn the_folder_that_must_be_writable_is_the_one_behind_a_linked_file() {
+    let up = Upstream::plain();
+    let setup = Setup::bare(&up).save("claude", &up.login("claude", -10).claude());
+    let (path, folder) = (
+        login::path(&setup.state(), "claude"),
+        setup.state().join("behind"),
+    );
+    fs::create_dir(&folder).expect("make a folder");
+    fs::rename(&path, folder.join("file")).expect("move the file");
+    std::os::unix::fs::symlink(folder.join("file"), &path).expect("link to it");
+    let setup = setup.unprivileged();
+    allow(&folder, 0o500);
+    let mux = setup.start();
+    mux.wait_log("next try");
+    let message = mux.message().error();
+    assert!(
+        message.contains(&format!("{folder:?} must be writable")),
+        "{message}"
+    );
+    allow(&folder, 0o700);
 }
