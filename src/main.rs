@@ -1111,7 +1111,7 @@ impl Credential {
     /// Waits for a refresh if there is none that is good; and the first who finds it ageing waits
     /// too, while the others use it.
     fn token(&self, rejected: Option<&Secret>) -> Result<Token, Reply> {
-        let mut state = self.reload(rejected.is_some());
+        let mut state = self.reload(false);
         if let Some(old) = state.due(TOKEN_MARGIN, rejected).cloned() {
             drop(state);
             self.turn.clear_poison(); // or `try_lock` would fail

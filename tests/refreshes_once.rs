@@ -221,6 +221,13 @@ fn an_answer_without_a_refresh_token_keeps_the_old_one() {
     let file = login::read(&mux.state(), "claude");
     assert_eq!(file["claudeAiOauth"]["refreshToken"], json!(kept.refresh));
     assert_eq!(file["claudeAiOauth"]["accessToken"], json!(fresh.access));
+    // So another tool's may stand beside it again: it was not spent for good.
+    let mut theirs = up.login("claude", 3600);
+    theirs.refresh = kept.refresh;
+    login::save(&mux.state(), "claude", &theirs.claude());
+    assert_eq!(mux.message().status, 200);
+    assert_eq!(up.requests()[1].bearer(), theirs.access);
+    assert!(mux.log_lines("ERROR").is_empty(), "{}", mux.log());
 }
 
 /// A lifetime of nonsense counts as a minute or as 30 days.
