@@ -104,7 +104,7 @@ const BODY_RATE: u32 = 1 << 10;
 const PIECE_SIZE: usize = 16 << 10;
 const PIECE_TIME: Duration = Duration::from_secs(30);
 /// How often a write is tried that has no room: Linux tells of room only once a third of the
-/// socket's buffer is free, which grows to megabytes; a slow reader takes longer than for a piece.
+/// socket's buffer is free, megabytes maybe, for which a slow reader takes over `PIECE_TIME`.
 const RETRY_TIME: Duration = Duration::from_secs(1);
 /// How long what a client still sends is drained after its last answer, so that it can read it.
 const LINGER_TIME: Duration = Duration::from_secs(2);
@@ -828,7 +828,7 @@ struct Exchange {
 struct Report {
     user: String,
     provider: &'static str,
-    /// The answer's status, 0 until some of it is sent; and the bytes of its body.
+    /// The answer's status, 0 until it begins; and the bytes of its body.
     status: u16,
     bytes: u64,
     first: Option<Duration>,
@@ -1028,7 +1028,7 @@ struct State {
     settled: bool,
     /// Of the last refresh: the token that was spent, what it brought, and when.
     last: Option<(Token, Token, SystemTime)>,
-    /// What it brought is not on disk, or no more.
+    /// Whether what it brought is still to be written to disk.
     unsaved: bool,
     /// The last wait after a failed refresh.
     backoff: Duration,
@@ -1090,8 +1090,7 @@ impl State {
     /// that is in the past by our clock, is reason for another.
     fn is_young(&self, token: &Token) -> bool {
         let young = |at: &SystemTime| at.elapsed().is_ok_and(|age| age < TOKEN_MARGIN);
-        let last = self.last.as_ref();
-        last.is_some_and(|(_, new, at)| new.access == token.access && young(at))
+        matches!(&self.last, Some((_, new, at)) if new.access == token.access && young(at))
     }
 }
 
@@ -1171,6 +1170,7 @@ impl Credential {
 
     /// At the end: waits for a refresh that runs, writes what is unsaved, and tells what is lost.
     fn finish(&self) {
+        drop(self.reload(true)); // ours is unsaved, too, where a spent login was put back
         self.look();
         if lock(&self.state).unsaved {
             let (name, remedy) = (self.provider.name, self.remedy());
@@ -2103,7 +2103,8 @@ impl Exchange {
     }
 
     fn read_body(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        if std::mem::take(&mut self.head.expect) && !self.head.body.is_done() {
+        let open = !self.head.body.is_done();
+        if std::mem::take(&mut self.head.expect) && open {
             self.stream.write_piece(b"HTTP/1.1 100 Continue\r\n\r\n")?;
         }
         let began = Instant::now();
@@ -2111,7 +2112,9 @@ impl Exchange {
         let count = self.head.body.read(&mut self.stream, out)?;
         let earned = Duration::from_secs(count as u64) / BODY_RATE;
         self.patience = (self.patience + earned).saturating_sub(began.elapsed());
-        WAIT_END.set(Instant::now() + self.timeout); // it counts from the body's end
+        if open {
+            WAIT_END.set(Instant::now() + self.timeout); // it counts from the body's end
+        }
         Ok(count)
     }
 }
@@ -2242,7 +2245,7 @@ fn relay(answer: Answer, exchange: &mut Exchange, proxy: &Proxy) -> Outcome {
         WAIT_END.set(Instant::now() + proxy.config.stream_idle_timeout);
         let count = reader.read(&mut piece).map_err(broke)?;
         if count == 0 && proxy.cut.load(Ordering::SeqCst) {
-            return Err(broken("what looks like the end may be none"));
+            return Err(broken("a stop"));
         }
         let size = format!("{count:x}\r\n");
         let framed: &[u8] = match chunked {
@@ -2324,18 +2327,21 @@ struct User {
 
 impl Config {
     fn load(path: &Path) -> Result<Config, String> {
-        let read = fs::read_to_string(path).map_err(|e| e.to_string());
-        let read = read.map(|text| text.trim_start_matches('\u{feff}').to_owned());
-        let parsed = read.and_then(|text| match path.extension() {
-            Some(json) if json == "json" => serde_json::from_str(&text).map_err(unquoted),
-            _ => {
-                // JSON has no tags: `!secret x`, for others to look up, must not be taken for x.
-                let untagged = serde_yaml::from_str::<Value>(&text).map_err(unquoted);
-                untagged.and_then(|_| serde_yaml::from_str(&text).map_err(unquoted))
-            }
-        });
-        let line = |e| format!("{}: {e}", path.display()).replace(char::is_control, " ");
-        parsed.and_then(Config::from_yaml).map_err(line)
+        let line = |e: String| format!("{}: {e}", path.display()).replace(char::is_control, " ");
+        let text = fs::read_to_string(path).map_err(|e| line(e.to_string()))?;
+        let text = text.trim_start_matches('\u{feff}');
+        let json = path.extension().is_some_and(|end| end == "json");
+        let parsed = match json {
+            true => serde_json::from_str(text).map_err(unquoted),
+            false => serde_yaml::from_str(text).map_err(unquoted),
+        };
+        let config = parsed.and_then(Config::from_yaml).map_err(line)?;
+        // `!secret x`, for others to look up, must not be taken for x: JSON's values have no tags.
+        // Only now, since the error names the field, which before could be anything.
+        if !json {
+            serde_yaml::from_str::<Value>(text).map_err(|e| line(unquoted(e)))?;
+        }
+        Ok(config)
     }
 
     fn from_yaml(file: Yaml) -> Result<Config, String> {
@@ -2462,7 +2468,8 @@ fn fields(part: Yaml, known: &str) -> Result<Mapping, String> {
     let wrong = |_| "found something (not shown), expected NAME: VALUE lines";
     let found: Option<Mapping> = serde_yaml::from_value(part).map_err(wrong)?;
     let found = found.unwrap_or_default();
-    let unknown = |key: &&Yaml| !known.split(' ').any(|name| key.as_str() == Some(name));
+    let listed = |key: &str| known.split(' ').any(|name| name == key);
+    let unknown = |key: &&Yaml| !matches!(key, Yaml::String(key) if listed(key));
     let Some(key) = found.keys().find(unknown) else {
         return Ok(found);
     };
@@ -2532,7 +2539,7 @@ const LEVEL: Kind<LevelFilter> = ("debug, info, warn or error", |value| {
 
 const DURATION: Kind<Duration> = ("60s, 1h30m or the like, or seconds", |value| {
     let seconds = value.as_u64().map(Duration::from_secs);
-    // humantime also knows days and up, and long names, of which `min` goes with them.
+    // humantime also knows days and up: these letters refuse them, and with them `min`.
     let short = |text: &&str| !text.contains(|c| "Mdiwy".contains(c));
     let text = value.as_str().filter(short);
     let time = seconds.or_else(|| humantime::parse_duration(text?).ok())?;
@@ -2592,8 +2599,7 @@ fn whole_uri(text: &str) -> Option<http::Uri> {
 }
 
 // ─── replies ─────────────────────────────────────────────────────────────────────────────────
-// What a client hears from ai-mux itself, which says what to do; with status 0 only the log hears
-// it.
+// What a client hears from ai-mux itself, which says what to do; with status 0, only the log does.
 
 struct Reply {
     /// 0: nobody hears it, it is only logged, as the connection is broken off.

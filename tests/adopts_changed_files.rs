@@ -262,6 +262,21 @@ fn a_login_that_was_spent_and_is_put_back_is_no_news() {
     assert_eq!(mux.log_lines("that was spent").len(), 2);
 }
 
+/// Nor at the end, when nobody has looked at it since.
+#[test]
+fn a_login_that_was_spent_and_is_put_back_is_replaced_at_a_stop() {
+    let up = Upstream::plain();
+    let old = up.login("claude", -10);
+    let mut mux = Setup::new(&up).save("claude", &old.claude()).start();
+    let ours = used(&up, &mux);
+    login::save(&mux.state(), "claude", &old.claude());
+    assert_eq!(mux.stop(), 0);
+    let file = login::read(&mux.state(), "claude");
+    assert_eq!(file["claudeAiOauth"]["accessToken"], json!(ours));
+    assert!(mux.log_lines("is lost").is_empty(), "{}", mux.log());
+    assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+}
+
 /// What wins is a login like any other: if it has expired, it is refreshed in its turn.
 #[test]
 fn an_expired_file_that_wins_is_refreshed() {
