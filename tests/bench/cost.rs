@@ -198,7 +198,7 @@ impl Bench {
     fn nginx(&self, tls: bool) -> Way {
         let address = free_address();
         let folder = self.folder.0.join(format!("nginx-{}", address.port()));
-        fs::create_dir(&folder).expect("create a folder");
+        fs::create_dir_all(&folder).expect("create a folder"); // one before it may have had the port
         let config = folder.join("nginx.conf");
         let secure = if tls { "ssl" } else { "" };
         // The limits on requests per connection are nginx's own, far too low for a benchmark.
