@@ -2760,7 +2760,10 @@ fn start_log(level: LevelFilter) {
         let _ = writeln!(io::stderr(), "ERROR [ai_mux] panic at {place}");
     }));
     log::set_max_level(level);
-    let timed = std::env::var_os("JOURNAL_STREAM").is_none();
+    // It names the journal's device and inode; what systemd starts indirectly inherits it, and may
+    // write elsewhere (systemd.exec(5)).
+    let place = fs::metadata("/dev/stderr").map(|meta| format!("{}:{}", meta.dev(), meta.ino()));
+    let timed = std::env::var("JOURNAL_STREAM") != Ok(place.unwrap_or_default());
     let _ = log::set_boxed_logger(Box::new(Log { logger, timed })); // fails only if there is one
 }
 
