@@ -2405,7 +2405,9 @@ fn user(entry: Yaml) -> Result<User, String> {
     let name = field("name", entry, "", NAME)?;
     let mut place = format!("{name:?}");
     if let Some(path) = field("token_file", entry, Yaml::Null, PATH)? {
-        place += &format!(": token_file {}", path.display());
+        // Without a slash, it may well be the token.
+        let shown = path.to_str().filter(|path| path.contains('/'));
+        place += &format!(": token_file {}", shown.unwrap_or("(not shown: no /)"));
         let text = fs::read_to_string(&path).map_err(|e| format!("{place}: {e}"))?;
         let token = entry.insert("token".into(), text.trim().into());
         if token.is_some_and(|token| !token.is_null()) {
