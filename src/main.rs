@@ -32,7 +32,7 @@ use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Display;
 use std::fs::{self, DirBuilder, File, Permissions};
-use std::io::{self, BufRead, Cursor, ErrorKind, Read, Write};
+use std::io::{self, BufRead, Cursor, ErrorKind, IoSlice, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
@@ -588,7 +588,7 @@ impl Tls {
         let config = rustls::ServerConfig::builder().with_no_client_auth();
         let other = |e| format!("key_path: {name}: is not the key of {cert}: {e}");
         let mut config = config.with_single_cert(chain, pem).map_err(other)?;
-        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        config.alpn_protocols = vec![b"http/1.1".to_vec(), b"http/1.0".to_vec()];
         Ok(Tls {
             files,
             seen,
@@ -1938,6 +1938,11 @@ impl Read for Socket {
 impl Write for Socket {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.step(PollFlags::OUT, || (&self.tcp).write(bytes))
+    }
+
+    /// How rustls sends several records; those before an alert and the alert, it tries but once.
+    fn write_vectored(&mut self, records: &[IoSlice]) -> io::Result<usize> {
+        self.step(PollFlags::OUT, || (&self.tcp).write_vectored(records))
     }
 
     fn flush(&mut self) -> io::Result<()> {

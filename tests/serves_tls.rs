@@ -6,6 +6,8 @@ use base64::prelude::BASE64_STANDARD;
 use common::*;
 use rustls::version::{TLS12, TLS13};
 use std::fs;
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
 
 fn pem(label: &str, der: &[u8]) -> String {
     let text = BASE64_STANDARD.encode(der);
@@ -203,4 +205,28 @@ fn the_last_answer_ends_tls() {
     client.request("POST", MESSAGES, &[BEARER, close], b"{}");
     assert_eq!(client.answer().text(), "fine");
     assert_eq!(client.wire.some().expect("a clean end"), b"");
+}
+
+/// One that knows nothing newer is served, and one that has no protocol in common is told so.
+#[test]
+fn the_protocol_is_agreed_on_or_its_lack_is_told() {
+    let authority = Authority::new();
+    let mux = Setup::new(&Upstream::plain()).tls(&authority).start();
+    let ask = |version, protocol: &str| -> io::Result<String> {
+        let mut socket = TcpStream::connect(mux.addr)?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        let mut tls = authority.client_of(&[version], &[protocol]);
+        let mut tls = rustls::Stream::new(&mut tls, &mut socket);
+        tls.write_all(b"HEAD / HTTP/1.0\r\n\r\n")?;
+        let mut answer = String::new();
+        tls.read_to_string(&mut answer).map(|_| answer)
+    };
+    for version in [&TLS12, &TLS13] {
+        for known in ["http/1.1", "http/1.0"] {
+            let answer = ask(version, known).expect("an answer");
+            assert!(answer.starts_with("HTTP/1.1 200"), "{known}: {answer}");
+        }
+        let ended = ask(version, "h2").expect_err("no protocol").to_string();
+        assert!(ended.contains("NoApplicationProtocol"), "{ended}");
+    }
 }

@@ -54,11 +54,21 @@ impl Authority {
     }
 
     pub fn client(&self, versions: &[&'static SupportedProtocolVersion]) -> ClientConnection {
+        self.client_of(versions, &[])
+    }
+
+    /// One that can speak these protocols only (ALPN), and says so if there are any.
+    pub fn client_of(
+        &self,
+        versions: &[&'static SupportedProtocolVersion],
+        protocols: &[&str],
+    ) -> ClientConnection {
         let mut roots = RootCertStore::empty();
         roots.add(self.cert.clone()).expect("a root");
-        let config = ClientConfig::builder_with_protocol_versions(versions)
+        let mut config = ClientConfig::builder_with_protocol_versions(versions)
             .with_root_certificates(roots)
             .with_no_client_auth();
+        config.alpn_protocols = protocols.iter().map(|&name| name.into()).collect();
         let name = ServerName::try_from("localhost").expect("a name");
         ClientConnection::new(Arc::new(config), name).expect("a client")
     }
