@@ -2757,8 +2757,8 @@ impl log::Log for Log {
 }
 
 fn start_log(level: LevelFilter) {
-    // At debug and trace, ureq prints heads with tokens in them.
-    let logger = simple_logger::SimpleLogger::new().with_level(level.min(LevelFilter::Warn));
+    // At trace, ureq prints heads with tokens in them; at warn, rustls what anyone sends it.
+    let logger = simple_logger::SimpleLogger::new().with_level(LevelFilter::Error);
     let logger = logger.with_module_level("ai_mux", level);
     // A panic's message could hold anything; its place is enough. Not eprintln!, as in `main`.
     std::panic::set_hook(Box::new(|panic| {

@@ -176,3 +176,24 @@ fn new_keys_are_no_head_that_has_begun() {
     assert_eq!(more, 0, "an answer that nobody asked for");
     assert!(!mux.log().contains("status=408"), "{}", mux.log());
 }
+
+/// What a client puts into its handshake is no line in the log: nobody has seen a token of it.
+#[test]
+fn a_handshake_writes_no_log() {
+    let authority = Authority::new();
+    let mux = Setup::new(&Upstream::plain()).tls(&authority).start();
+    let mut hello = Vec::new();
+    let mut tls = authority.client(rustls::ALL_VERSIONS);
+    tls.write_tls(&mut hello).expect("a hello");
+    let name = hello.windows(9).position(|part| part == b"localhost");
+    let name = name.expect("the name that is asked for");
+    for odd in [b"127.0.0.1", b"!!!!!!!!!"] {
+        hello[name..name + 9].copy_from_slice(odd);
+        let mut client = mux.client();
+        client.send(&hello);
+        // It has been read once it is answered.
+        let read = client.wire.socket().read(&mut [0]);
+        assert_eq!(read.expect("an answer"), 1);
+    }
+    assert!(!mux.log().contains("rustls"), "{}", mux.log());
+}
