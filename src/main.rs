@@ -1228,7 +1228,8 @@ impl Credential {
     /// Asks the token endpoint. Of its answer, only status and `error` word are ever shown.
     fn request_token(&self, old: &Token) -> Result<Token, RefreshError> {
         let (provider, url) = (self.provider, &self.token_url);
-        let passing = |e: &dyn Display| (format!("{url}: {e}"), Some(Duration::ZERO));
+        let way = way(&self.agent);
+        let passing = |e: &dyn Display| (format!("{url}{way}: {e}"), Some(Duration::ZERO));
         let mut form = json!({ "grant_type": "refresh_token", "client_id": provider.client_id });
         form["refresh_token"] = old.refresh.as_ref().map(Secret::expose).into();
         if let Some(scope) = provider.scope {
@@ -1684,7 +1685,8 @@ impl Upstream {
                 ureq::Error::Timeout(_) => (504, "did not answer within request_timeout".into()),
                 e => (502, format!("cannot be reached, or broke off: {e}")),
             };
-            let reply = Reply::new(status, format!("{} {why}; try again", self.provider.name));
+            let (name, way) = (self.provider.name, way(&self.agent));
+            let reply = Reply::new(status, format!("{name}{way} {why}; try again"));
             exchange.body_error.take().unwrap_or(reply)
         })
     }
@@ -1798,6 +1800,12 @@ fn agent_config(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentCo
         .output_buffer_size(UPSTREAM_OUTPUT)
         .max_response_header_size(UPSTREAM_INPUT - 1)
         .max_idle_age(UPSTREAM_IDLE))
+}
+
+/// How an agent's errors came about, which might be the proxy's own.
+fn way(agent: &ureq::Agent) -> &'static str {
+    let proxy = agent.config().proxy();
+    proxy.map_or("", |_| " (through the proxy)")
 }
 
 type AgentConfig = ureq::config::ConfigBuilder<ureq::typestate::AgentScope>;

@@ -285,14 +285,26 @@ fn a_proxy_that_is_not_there_is_502() {
     let gone = TcpListener::bind("127.0.0.1:0")
         .and_then(|l| l.local_addr())
         .expect("a free port");
-    let mux = Setup::new(&up)
+    let setup = Setup::new(&up)
         .provider(0, "base_url", "https://upstream.test")
-        .set("proxy", format!("http://{gone}"))
-        .start();
+        .set("proxy", format!("http://{gone}"));
+    let expired = up.login("claude", -10).claude();
+    let mux = setup.start();
     let answer = mux.message();
     assert_eq!(answer.status, 502);
-    answer.error();
+    let said = answer.error();
+    assert!(said.contains("through the proxy"), "{said}");
     assert_eq!(mux.ask("POST", RESPONSES, &[], b"{}").status, 200);
+    // A refresh says so, too.
+    let setup = Setup::new(&up).save("claude", &expired);
+    let setup = setup.set("proxy", format!("http://{gone}"));
+    let mux = setup
+        .provider(0, "token_url", "https://upstream.test")
+        .start();
+    let answer = mux.message();
+    assert_eq!(answer.status, 503);
+    let said = answer.error();
+    assert!(said.contains("through the proxy"), "{said}");
 }
 
 /// A variable that is for plain HTTP, which is never spoken to a far upstream; and one that means nothing.
@@ -407,6 +419,8 @@ fn a_proxy_that_is_too_slow_is_504() {
         .start();
     let answer = mux.message();
     assert_eq!(answer.status, 504);
-    assert!(answer.error().contains("request_timeout"));
+    let said = answer.error();
+    assert!(said.contains("request_timeout"), "{said}");
+    assert!(said.contains("through the proxy"), "{said}");
     end.advance();
 }
