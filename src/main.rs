@@ -1433,10 +1433,10 @@ impl Credential {
             return Err(self.unusable(ErrorKind::InvalidInput, "is no regular file, or too large"));
         }
         if meta.mode() & 0o077 != 0 {
-            let tried = fs::set_permissions(&self.path, Permissions::from_mode(0o600));
-            let came_of_it = tried.map_or_else(|e| e.to_string(), |()| "done".into());
+            let _ = fs::set_permissions(&self.path, Permissions::from_mode(0o600));
+            let mode = fs::metadata(&self.path).map_err(failed)?.mode() & 0o777;
             let name = self.path.display();
-            warn!("{name}: others could read it; chmod 600: {came_of_it}");
+            warn!("{name}: others could read it; chmod 600 left it at {mode:o}");
         }
         let before = stamp(&self.path);
         let bytes = fs::read(&self.path).map_err(failed)?;
@@ -1509,10 +1509,11 @@ fn time_in(value: &Value) -> Option<SystemTime> {
 
 /// `Retry-After` in either form (RFC 9110 section 10.2.3).
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let text = headers.get("retry-after")?.to_str().ok()?.trim();
-    let seconds = text.parse().ok().map(Duration::from_secs);
-    let date = httpdate::parse_http_date(text).ok();
-    seconds.or(date.and_then(|date| date.duration_since(SystemTime::now()).ok()))
+    let text = |name| headers.get(name)?.to_str().ok().map(str::trim);
+    let date = |name| httpdate::parse_http_date(text(name)?).ok();
+    let seconds = text("retry-after")?.parse().ok().map(Duration::from_secs);
+    let now = date("date").unwrap_or_else(SystemTime::now); // it is theirs, whatever ours says
+    seconds.or_else(|| date("retry-after")?.duration_since(now).ok())
 }
 
 // ─── upstream ────────────────────────────────────────────────────────────────────────────────

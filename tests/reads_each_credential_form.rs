@@ -278,6 +278,26 @@ fn a_saved_file_is_private() {
     assert_eq!(up.refreshes().len(), 1);
 }
 
+/// On a file system that is read-only, say, or that has no modes.
+#[test]
+fn a_file_that_cannot_be_made_private_is_told() {
+    for result in ["error=EROFS", "retval=0"] {
+        let options =
+            format!("-o /dev/null -e trace=chmod,fchmodat -e inject=chmod,fchmodat:{result}");
+        let Some(script) = setup::under_strace(&options) else {
+            return say("SKIPPED: needs strace");
+        };
+        let up = Upstream::plain();
+        let setup = Setup::new(&up);
+        let path = login::path(&setup.state(), "claude");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("chmod");
+        let mux = setup.shell(&script).start();
+        assert_eq!(mux.message().status, 200);
+        let said = mux.log_lines("others could read it");
+        assert!(said[0].contains("644"), "{}", said[0]);
+    }
+}
+
 /// What keeps a file small is kept as well: indented, this one would be too large to be read again.
 #[test]
 fn a_saved_file_has_not_grown() {

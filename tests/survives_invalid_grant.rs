@@ -4,7 +4,7 @@
 mod common;
 use common::*;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 const WORDS: &str = "kZ4mVq8RtYw2";
 
@@ -292,20 +292,25 @@ fn the_wait_doubles_until_a_refresh_goes_well() {
     mux.wait_log_times("next try in 5s", 2);
 }
 
+/// By the clock that it is of: ours may be wrong, after a start without a network say.
 #[test]
 fn a_retry_after_may_be_a_date() {
-    let up = Upstream::plain();
-    up.on_refresh(|_, conn| {
-        let at = std::time::SystemTime::now() + Duration::from_secs(120);
-        let at = httpdate::fmt_http_date(at);
-        conn.respond(429, &[("retry-after", &at)], b"{}")
-            .map(|()| true)
-    });
-    let ended = up.login("claude", -10).claude();
-    let answer = Setup::new(&up).save("claude", &ended).start().message();
-    let wait = answer.header("retry-after").and_then(|s| s.parse().ok());
-    assert!(
-        wait.is_some_and(|s: u64| (90..=121).contains(&s)),
-        "{wait:?}"
-    );
+    for ahead in [0, 86400] {
+        let up = Upstream::plain();
+        up.on_refresh(move |_, conn| {
+            let theirs = SystemTime::now() + Duration::from_secs(ahead);
+            let date = httpdate::fmt_http_date(theirs);
+            let at = httpdate::fmt_http_date(theirs + Duration::from_secs(120));
+            let dates = [("date", date.as_str()), ("retry-after", &at)];
+            let dates = if ahead > 0 { &dates[..] } else { &dates[1..] };
+            conn.respond(429, dates, b"{}").map(|()| true)
+        });
+        let ended = up.login("claude", -10).claude();
+        let answer = Setup::new(&up).save("claude", &ended).start().message();
+        let wait = answer.header("retry-after").and_then(|s| s.parse().ok());
+        assert!(
+            wait.is_some_and(|s: u64| (90..=121).contains(&s)),
+            "{wait:?}"
+        );
+    }
 }
