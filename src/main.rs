@@ -234,8 +234,8 @@ fn lock_state_dir(folder: &Path) -> Result<File, String> {
     let created = DirBuilder::new().recursive(true).mode(0o700).create(folder);
     let opened = created.and_then(|()| File::open(folder));
     let claim = opened.map_err(|e| format!("state_dir {name}: {e}"))?;
-    let locked = claim.try_lock();
-    locked.map_err(|e| format!("state_dir {name}: {e}; does another ai-mux use it?"))?;
+    let locked = claim.try_lock().map_err(io::Error::from);
+    locked.map_err(|e| format!("state_dir {name}: lock: {e}; does another ai-mux use it?"))?;
     Ok(claim)
 }
 
@@ -2544,7 +2544,8 @@ const FOLDER: Kind<PathBuf> = ("a path, or ~/PATH where there is a home", |value
     let path = value.as_str().filter(|path| !path.is_empty())?;
     match Path::new(path).strip_prefix("~") {
         Ok(rest) => Some(std::env::home_dir()?.join(rest)),
-        Err(_) => Some(path.into()).filter(|_| !path.starts_with('~')), // nobody else's home
+        Err(_) if path.starts_with('~') => None, // nobody else's home
+        Err(_) => std::path::absolute(path).ok(), // as it is told to people elsewhere
     }
 });
 

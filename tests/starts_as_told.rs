@@ -217,6 +217,37 @@ fn one_process_for_each_state_dir() {
     assert_eq!(mux.message().status, 200);
 }
 
+/// As on a network file system without them: then it is no other process that has it.
+#[test]
+fn a_file_system_without_locks_is_called_that() {
+    let options = "-o /dev/null -e trace=flock -e inject=flock:error=ENOLCK";
+    let Some(script) = setup::under_strace(options) else {
+        return say("SKIPPED: needs strace");
+    };
+    let up = Upstream::plain();
+    let (code, said) = Setup::new(&up).shell(&script).refused();
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains("No locks available"), "{said}");
+}
+
+/// It is named so that a command which is told works in any folder.
+#[test]
+fn a_relative_state_dir() {
+    let up = Upstream::plain();
+    let setup = Setup::bare(&up).set("state_dir", "own");
+    let script = format!("cd {} && exec \"$@\"", setup.folder.0.display());
+    let mux = setup.shell(&script).start();
+    let login = format!("mkdir -p \"{}/own/claude\"", mux.folder.0.display());
+    let said = mux.message().error();
+    assert!(said.contains(&login), "{said}");
+    login::save(
+        &mux.folder.0.join("own"),
+        "claude",
+        &up.login("claude", 3600).claude(),
+    );
+    assert_eq!(mux.message().status, 200);
+}
+
 #[test]
 fn a_killed_process_leaves_its_state_dir_free() {
     let up = Upstream::plain();
