@@ -46,13 +46,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use log::{Level, LevelFilter, debug, error, info, log, warn};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::retry_on_intr;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
-use serde::Deserialize;
 use serde_json::{Value, json};
 use serde_yaml::{Mapping, Value as Yaml};
 use subtle::ConstantTimeEq;
-use tiny_http::Request;
 use ureq::http::header::{AUTHORIZATION, CONTENT_LENGTH, TRANSFER_ENCODING};
 use ureq::http::{self, HeaderMap, HeaderName, HeaderValue, response::Parts};
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
@@ -87,9 +84,9 @@ const IDLE_TIME: Duration = Duration::from_secs(300);
 /// or no descriptor, for another connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// What is read from a client in one go: a head and a small body fit.
-const CHUNK_SIZE: usize = 8 << 10;
+const READ_SIZE: usize = 8 << 10;
 /// The least length of a user's token; a method is shorter, so that the log shows no token.
-const TOKEN_LENGTH: usize = 16;
+const USER_TOKEN_LENGTH: usize = 16;
 /// The most of a path or a request id, and the longest header value, that the log shows.
 const TEXT_SHOWN: usize = 200;
 /// A request body; both vendors refuse larger ones themselves.
@@ -144,11 +141,11 @@ const SETTLE_TIME: Duration = Duration::from_secs(2);
 /// file is over.
 const SAVE_PAUSE: Duration = Duration::from_millis(250);
 /// A call to a token endpoint, and its answer.
-const TOKEN_TIME: Duration = Duration::from_secs(30);
-const TOKEN_SIZE: u64 = 64 << 10;
+const REFRESH_TIME: Duration = Duration::from_secs(30);
+const REFRESH_SIZE: u64 = 64 << 10;
 /// An access token with less than this left is refreshed, but not within this time of the last
 /// refresh.
-const TOKEN_MARGIN: Duration = Duration::from_secs(60);
+const REFRESH_MARGIN: Duration = Duration::from_secs(60);
 /// What is believed of `expires_in`, in seconds.
 const LIFETIME_MIN: f64 = 60.0;
 const LIFETIME_MAX: f64 = 30.0 * 86400.0;
@@ -212,11 +209,12 @@ fn serve(config: Config) -> Result<(), String> {
     let mut gate = Gate::open(config)?;
     let served = gate.run();
     // A refresh that a keeper or a cut-off request has begun must not be lost.
-    let credentials = gate.proxy.upstreams.iter().map(|u| &u.credential);
-    (credentials.clone()).for_each(|credential| lock(&credential.state).stopping = true);
+    for upstream in &gate.proxy.upstreams {
+        lock(&upstream.credential.state).stopping = true;
+    }
     debug!("no refresh begins any more");
-    for credential in credentials {
-        let _ = catch_unwind(AssertUnwindSafe(|| credential.finish()));
+    for upstream in &gate.proxy.upstreams {
+        let _ = catch_unwind(AssertUnwindSafe(|| upstream.credential.finish()));
     }
     info!("stopped");
     served
@@ -340,7 +338,7 @@ impl Gate {
     fn run(&mut self) -> Result<(), String> {
         let (mut stop_at, mut chores_at, mut warned) = (None, Instant::now(), false);
         while stop_at.is_none_or(|at| self.connection_count() > 0 && !left_until(at).is_zero()) {
-            let can_accept = self.wait(stop_at.map_or(chores_at, |at| chores_at.min(at)));
+            let can_accept = self.await_events(stop_at.map_or(chores_at, |at| chores_at.min(at)));
             let is_due = |stream: &mut Stream| left_until(stream.due()).is_zero();
             let due: Vec<_> = self.connections.extract_if(.., is_due).collect();
             for stream in due {
@@ -396,7 +394,7 @@ impl Gate {
         agents.for_each(ureq::Agent::shutdown); // which ends each wait on a connection
         let end = Instant::now() + CUT_TIME;
         while self.busy > 0 && !left_until(end).is_zero() {
-            let _ = self.wait(end);
+            let _ = self.await_events(end);
             self.busy -= std::mem::take(&mut *lock(&self.proxy.verdicts)).len();
         }
     }
@@ -408,7 +406,7 @@ impl Gate {
 
     /// Waits until something happens or is due, at most `until`; a readable connection is then due.
     /// Says whether a client can be accepted.
-    fn wait(&mut self, until: Instant) -> io::Result<bool> {
+    fn await_events(&mut self, until: Instant) -> io::Result<bool> {
         let waiting = self.queue.first().map(|e| e.stream.socket.deadline);
         let dues = self.connections.iter().map(Stream::due).chain(waiting);
         let time = left_until(dues.fold(until, Instant::min)).try_into().ok();
@@ -417,7 +415,7 @@ impl Gate {
         let clients = self.connections.iter().map(|s| &s.socket.tcp);
         sources.extend(clients.map(|tcp| PollFd::new(tcp, PollFlags::IN)));
         sources.extend(self.listener.iter().map(|l| PollFd::new(l, PollFlags::IN)));
-        retry_on_intr(|| poll(&mut sources, time.as_ref()))?;
+        rustix::io::retry_on_intr(|| poll(&mut sources, time.as_ref()))?;
         let ready = sources.iter().map(|source| !source.revents().is_empty());
         let mut ready = ready.collect::<Vec<_>>().into_iter();
         if ready.next() == Some(true) {
@@ -457,11 +455,11 @@ impl Gate {
     /// Reads on what a client sends. A whole head begins an exchange.
     fn read_on(&mut self, mut stream: Stream) {
         let peer = stream.peer;
-        let (head, read) = match stream.read_on() {
+        let (head, read) = match stream.next_head() {
             Ok(Some(head)) => (head, Ok(())),
             Ok(None) => return self.connections.push(stream),
             Err(end) if end.status == 0 => return debug!("peer={peer} closed: {}", end.message),
-            Err(reply) => (Head::default(), Err(reply)),
+            Err(reply) => (Head::default(), Err(reply)), // which is not kept alive
         };
         let mut exchange = Exchange::new(stream, head, self.proxy.config.request_timeout);
         let screened = read.and_then(|()| self.proxy.screen(&mut exchange));
@@ -556,16 +554,17 @@ fn listen(host: &str, port: u16) -> io::Result<TcpListener> {
     addresses.sort_by_key(SocketAddr::is_ipv6);
     // For a host without IPv6.
     addresses.extend((host == "::").then_some(SocketAddr::from(([0; 4], port))));
-    let none = Err(ErrorKind::NotFound.into());
-    addresses
-        .into_iter()
-        .fold(none, |tried, address| match tried {
-            Err(e) if e.kind() != ErrorKind::AddrInUse => open(address),
-            tried => tried,
-        })
+    let mut opened = Err(ErrorKind::NotFound.into());
+    for address in addresses {
+        opened = open(address);
+        if !matches!(&opened, Err(e) if e.kind() != ErrorKind::AddrInUse) {
+            break;
+        }
+    }
+    opened
 }
 
-/// What clients see of us, and the files that it comes from: certificate and key.
+/// The TLS settings for clients, and the files that they come from: certificate and key.
 struct Tls {
     files: [PathBuf; 2],
     /// How they looked when this was read from them.
@@ -696,10 +695,11 @@ impl Head {
         match method {
             // TRACE would have the upstream send our token back to the client.
             "TRACE" | "TRACK" | "CONNECT" => Err("the method is not one that can be passed on"),
-            _ if !capitals || method.len() >= TOKEN_LENGTH => Err("the method is not valid"),
+            _ if !capitals || method.len() >= USER_TOKEN_LENGTH => Err("the method is not valid"),
             _ if !target.starts_with('/') => Err("the target must be a path"),
             _ if !target.bytes().all(plain) => Err("the target must be percent-encoded"),
             _ if hosts.is_empty() && !self.http10 => Err("the Host header is missing"),
+            // Two of them have a comma between them, which no name has.
             _ if !hosts.join(",").bytes().all(hostly) => Err("Host is not one host name"),
             "HEAD" if !self.body.is_done() => Err("a HEAD request must have no body"),
             _ if self.http10 && self.body.chunked => Err("HTTP/1.0 needs a Content-Length"),
@@ -733,7 +733,7 @@ struct Proxy {
     upstreams: Vec<Upstream>,
     /// Exchanges that no worker has picked up yet: one for each ticket that is on its way.
     parked: Mutex<VecDeque<Exchange>>,
-    /// Of exchanges that a worker is done with, until the gate takes their streams back.
+    /// Those of exchanges that are done, until the gate takes the streams back.
     verdicts: Mutex<Vec<Verdict>>,
     waker: UnixStream,
     /// A stop has closed all connections to upstream: what looks like an answer's end, or like a
@@ -742,7 +742,7 @@ struct Proxy {
 }
 
 /// What tiny_http gets for each exchange: the worker that receives it serves the exchange parked
-/// longest. It holds nothing of a client's, so the one that is sent at start proves them all.
+/// longest. All are alike, so if tiny_http hands out the one that is sent at start, it does all.
 const TICKET: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
 
 /// Starts tiny_http, and proves the inner connection with a first ticket. Its ends meet at a socket
@@ -770,7 +770,7 @@ fn start_server(state_dir: &Path) -> io::Result<(Arc<tiny_http::Server>, UnixStr
 
 impl Proxy {
     /// Serves the exchange that has been parked longest.
-    fn serve(&self, ticket: Request) {
+    fn serve(&self, ticket: tiny_http::Request) {
         let exchange = lock(&self.parked).pop_front();
         let handle = |exchange: &mut Exchange| {
             let mut outcome = self.handle(exchange);
@@ -783,7 +783,7 @@ impl Proxy {
         };
         let verdict = exchange.and_then(|e| fence(e, handle));
         lock(&self.verdicts).push(verdict);
-        drop(ticket.into_writer());
+        drop(ticket.into_writer()); // or tiny_http would answer the ticket, with a 500
         let _ = (&self.waker).write(&[0]);
     }
 }
@@ -823,7 +823,7 @@ struct Exchange {
     report: Report,
 }
 
-/// What its log line will say of it.
+/// What the access log will say of an exchange, beside its head.
 #[derive(Default)]
 struct Report {
     user: String,
@@ -857,7 +857,7 @@ impl Exchange {
             Ok(()) => (true, None),
             Err(end) if begun || end.status == 0 => (false, Some(end.message)),
             Err(reply) => {
-                last |= reply.status == 401;
+                last |= reply.status == 401; // nobody tries tokens on one connection
                 let (bytes, length) = reply.to_bytes(self.head.method == "HEAD", last);
                 (self.report.status, self.report.bytes) = (reply.status, length);
                 self.report.first = Some(self.started.elapsed());
@@ -881,12 +881,14 @@ impl Exchange {
 // and no worker, no byte of the body and no refresh is spent on what is refused anyway.
 
 impl Proxy {
-    /// What the gate can tell by the head alone: a reply, or that it takes a worker.
+    /// What the gate can tell by the head alone. `Ok`: it takes a worker; else the gate's own
+    /// answer, which may be 200.
     fn screen(&self, exchange: &mut Exchange) -> Result<(), Reply> {
         let has_token = |text: &[u8]| {
             let text = text.to_ascii_lowercase(); // as the names of headers are
             let holds = |user: &User| {
                 let token = user.token.expose().to_ascii_lowercase();
+                // No more of it is shown; and time tells nothing (nobody is known yet).
                 let mut parts = text.windows(token.len()).take(TEXT_SHOWN);
                 parts.any(|part| part.ct_eq(token.as_bytes()).into())
             };
@@ -916,14 +918,14 @@ impl Proxy {
     /// What a worker does for a request that has passed the gate.
     fn handle(&self, exchange: &mut Exchange) -> Outcome {
         let (upstream, url) = self.route(&exchange.head.target)?;
-        upstream.credential.token(None)?; // before the body, which may take minutes, and after it
+        upstream.credential.usable_token(None)?; // before the body, which may take minutes
         exchange.hold()?;
-        let token = upstream.credential.token(None)?;
+        let token = upstream.credential.usable_token(None)?;
         let whole = exchange.head.body.is_done();
         let mut answer = upstream.send(&url, &token, exchange)?;
         // A token that is refused is refreshed even if this request cannot be sent again.
         if answer.status() == http::StatusCode::UNAUTHORIZED
-            && let Ok(newer) = upstream.credential.token(Some(&token.access))
+            && let Ok(newer) = upstream.credential.usable_token(Some(&token.access))
             && newer.access != token.access
             && whole
         {
@@ -941,9 +943,10 @@ impl Proxy {
     fn authenticate(&self, fields: &HeaderMap) -> Result<&str, Reply> {
         if self.config.users.is_empty() {
             // A web page must not use the subscription of whoever looks at it.
-            let refused = || Reply::new(403, "web pages need a token; configure `users`");
-            let page = fields.contains_key("origin");
-            return (!page).then_some("-").ok_or_else(refused);
+            return match fields.contains_key("origin") {
+                true => Err(Reply::new(403, "web pages need a token; configure `users`")),
+                false => Ok("-"),
+            };
         }
         let bearers = fields.get_all(AUTHORIZATION).iter().map(bearer_in);
         let keys = fields.get_all("x-api-key").iter();
@@ -981,8 +984,8 @@ impl Proxy {
 
     /// Which providers can serve, and nothing secret: JSON.
     fn health(&self) -> String {
-        let state = |ready| if ready { "ready" } else { "unavailable" };
-        let state = |u: &Upstream| (u.provider.name, state(u.credential.is_ready()));
+        let word = |ready| if ready { "ready" } else { "unavailable" };
+        let state = |u: &Upstream| (u.provider.name, word(u.credential.is_ready()));
         let states: BTreeMap<_, _> = self.upstreams.iter().map(state).collect();
         json!({ "status": "ok", "providers": states }).to_string()
     }
@@ -1064,9 +1067,9 @@ impl Token {
 
 /// What is needed of a token endpoint's answer. Nothing that stands beside these can spoil it: by
 /// then the old token is spent.
-#[derive(Default, Deserialize)]
+#[derive(Default, serde::Deserialize)]
 #[serde(default)]
-struct Tokens {
+struct TokenAnswer {
     access_token: Value,
     refresh_token: Value,
     id_token: Value,
@@ -1086,10 +1089,10 @@ impl State {
         due.then_some(token)
     }
 
-    /// Whether a refresh brought it less than `TOKEN_MARGIN` ago: then neither a 401, nor an expiry
-    /// that is in the past by our clock, is reason for another.
+    /// Whether a refresh brought it less than `REFRESH_MARGIN` ago: then neither a 401, nor an
+    /// expiry that is in the past by our clock, is reason for another.
     fn is_young(&self, token: &Token) -> bool {
-        let young = |at: &SystemTime| at.elapsed().is_ok_and(|age| age < TOKEN_MARGIN);
+        let young = |at: &SystemTime| at.elapsed().is_ok_and(|age| age < REFRESH_MARGIN);
         matches!(&self.last, Some((_, new, at)) if new.access == token.access && young(at))
     }
 }
@@ -1109,9 +1112,9 @@ impl Credential {
     /// An access token to use now; not the one that upstream `rejected`, if there can be another.
     /// Waits for a refresh if there is none that is good; and the first who finds it ageing waits
     /// too, while the others use it.
-    fn token(&self, rejected: Option<&Secret>) -> Result<Token, Reply> {
+    fn usable_token(&self, rejected: Option<&Secret>) -> Result<Token, Reply> {
         let mut state = self.reload(false);
-        if let Some(old) = state.due(TOKEN_MARGIN, rejected).cloned() {
+        if let Some(old) = state.due(REFRESH_MARGIN, rejected).cloned() {
             drop(state);
             self.turn.clear_poison(); // or `try_lock` would fail
             let turn = self.turn.try_lock().ok();
@@ -1119,7 +1122,7 @@ impl Credential {
                 return Ok(old);
             }
             let turn = turn.unwrap_or_else(|| lock(&self.turn));
-            self.refresh_if_due(turn, TOKEN_MARGIN, rejected);
+            self.refresh_if_due(turn, REFRESH_MARGIN, rejected);
             state = self.reload(false);
         }
         let dead = |why: &str| Reply::new(503, format!("ai-mux has no login to use: {why}"));
@@ -1140,9 +1143,8 @@ impl Credential {
     fn is_ready(&self) -> bool {
         let state = self.reload(false);
         let fine = state.failure.is_none();
-        let dead = matches!(state.failure, Some((_, None)));
         let usable = |t: &Token| t.lasts(Duration::ZERO) || t.refresh.is_some() && fine;
-        !dead && state.token.as_ref().is_some_and(usable)
+        !matches!(state.failure, Some((_, None))) && state.token.as_ref().is_some_and(usable)
     }
 
     /// The keeper: looks at the login every `interval`, and when there is something to try again.
@@ -1161,16 +1163,16 @@ impl Credential {
         }
     }
 
-    /// After a refresh that runs, writes what is unsaved, and begins another where one is due.
+    /// Waits for a refresh that runs, writes what is unsaved, and refreshes what is due.
     fn look(&self) {
         let turn = lock(&self.turn);
         self.save();
-        self.refresh_if_due(turn, self.interval + TOKEN_MARGIN, None);
+        self.refresh_if_due(turn, self.interval + REFRESH_MARGIN, None);
     }
 
     /// At the end: waits for a refresh that runs, writes what is unsaved, and tells what is lost.
     fn finish(&self) {
-        drop(self.reload(true)); // ours is unsaved, too, where a spent login was put back
+        drop(self.reload(true)); // if it finds the spent login put back, ours is unsaved again
         self.look();
         if lock(&self.state).unsaved {
             let (name, remedy) = (self.provider.name, self.remedy());
@@ -1180,6 +1182,7 @@ impl Credential {
 
     /// Refreshes a token that is due.
     fn refresh_if_due(&self, _turn: MutexGuard<()>, margin: Duration, rejected: Option<&Secret>) {
+        // A closure, since `while let` would hold the lock for as long as its block.
         let due = || self.reload(true).due(margin, rejected).cloned();
         // Once more if the file turns out to hold another login, which then wins, and is due too.
         while let Some(old) = due() {
@@ -1207,7 +1210,7 @@ impl Credential {
             return Err(passing(why.into()));
         }
         let size = fs::metadata(&self.path).map_or(0, |meta| meta.len());
-        let room = size.min(FILE_SIZE) + TOKEN_SIZE; // a larger file is refused anyway
+        let room = size.min(FILE_SIZE) + REFRESH_SIZE; // a larger file is refused anyway
         let rehearsed = self.replace(&" ".repeat(room as usize), None);
         rehearsed.map_err(passing)?;
         // The file must be whole, as the new tokens are edited into it; and if another tool changed
@@ -1239,7 +1242,7 @@ impl Credential {
         let mut answer = request.send(form.to_string()).map_err(|e| passing(&e))?;
         let (status, wait) = (answer.status().as_u16(), retry_after(answer.headers()));
         let mut text = Vec::new(); // of an answer that breaks off, too: its JSON may be whole
-        let mut body = answer.body_mut().as_reader().take(TOKEN_SIZE);
+        let mut body = answer.body_mut().as_reader().take(REFRESH_SIZE);
         let _ = body.read_to_end(&mut text);
         if !answer.status().is_success() {
             let json: Value = serde_json::from_slice(&text).unwrap_or_default();
@@ -1248,7 +1251,7 @@ impl Credential {
             let why = format!("{url} answered {status} {word}");
             return Err((why.trim_end().into(), wait));
         }
-        let found: Tokens = serde_json::from_slice(&text).unwrap_or_default();
+        let found: TokenAnswer = serde_json::from_slice(&text).unwrap_or_default();
         let new = secret_in(&found.refresh_token);
         // What the answer leaves out stays as it was.
         let access = secret_in(&found.access_token).or(new.as_ref().map(|_| old.access.clone()));
@@ -1267,10 +1270,11 @@ impl Credential {
 
     /// Puts what is unsaved on disk, then into use; or only into use, if that fails.
     fn save(&self) {
-        let unsaved = |state: MutexGuard<State>| state.last.clone().filter(|_| state.unsaved);
-        let Some((old, new, _)) = unsaved(lock(&self.state)) else {
+        let state = lock(&self.state);
+        let Some((old, new, _)) = state.last.clone().filter(|_| state.unsaved) else {
             return;
         };
+        drop(state);
         let saved = self.write(&old, &new).or_else(|_| {
             thread::sleep(SAVE_PAUSE);
             self.write(&old, &new)
@@ -1375,23 +1379,23 @@ impl Credential {
             Ok((stamp, _, token)) => {
                 state.settled = stamp.2.elapsed().is_ok_and(|age| age > SETTLE_TIME);
                 // A change of the file is worth another try, but not one of its mode.
-                let content = |stamp: Stamp| (stamp.0, stamp.2);
+                let content = |(file, _, modified): Stamp| (file, modified);
                 if state.seen.replace(stamp).map(content) != Some(content(stamp)) {
                     state.failure.take_if(|(_, until)| until.is_none());
                 }
-                self.adopt(&mut state, Some(token), None);
+                self.adopt(&mut state, Ok(token));
             }
             // Half written, say; a refresh or a save that needs the file says what is wrong.
             Err(e) if kept(&e) => {}
-            Err(e) => self.adopt(&mut state, None, Some((e.to_string(), None))),
+            Err(e) => self.adopt(&mut state, Err(e.to_string())),
         }
         state
     }
 
-    /// Takes a login, or why there is none, unless it is the known one, or the one that was spent,
-    /// or ours on its way to the disk.
-    fn adopt(&self, state: &mut State, token: Option<Token>, failure: Option<Outage>) {
-        let (name, refresh) = (self.provider.name, token.as_ref().map(|t| &t.refresh));
+    /// Takes what the file holds, a login or why there is none, unless that is no news: what is in
+    /// use, or, while our new login is unsaved, either that one or the one spent for it.
+    fn adopt(&self, state: &mut State, found: Result<Token, String>) {
+        let (name, refresh) = (self.provider.name, found.as_ref().ok().map(|t| &t.refresh));
         if let Some((old, new, _)) = state.last.clone()
             && refresh == Some(&old.refresh)
             && !(state.unsaved || new.refresh == old.refresh)
@@ -1401,22 +1405,22 @@ impl Credential {
             let why = "its file has the login again that was spent".into();
             self.fail(state, why, Some(Duration::ZERO));
         }
-        let known = match &state.last {
-            Some((old, new, _)) if state.unsaved => {
+        let known = match (&state.last, &found) {
+            (Some((old, new, _)), _) if state.unsaved => {
                 [&old.refresh, &new.refresh].map(Some).contains(&refresh)
             }
-            _ if token.is_some() => token == state.token,
-            _ => state.token.is_none() && failure == state.failure,
+            (_, Ok(token)) => state.token.as_ref() == Some(token),
+            (_, Err(why)) => state.token.is_none() && state.failure == Some((why.clone(), None)),
         };
         if known {
             return;
         }
-        match &failure {
-            None => info!("{name}: login read from {}", self.path.display()),
-            Some((why, _)) => warn!("{name}: {why}"),
+        match &found {
+            Ok(_) => info!("{name}: login read from {}", self.path.display()),
+            Err(why) => warn!("{name}: {why}"),
         }
-        (state.token, state.failure) = (token, failure);
-        (state.unsaved, state.backoff) = (false, Duration::ZERO);
+        state.failure = found.as_ref().err().map(|why| (why.clone(), None));
+        (state.token, state.unsaved, state.backoff) = (found.ok(), false, Duration::ZERO);
     }
 
     /// What the file holds, if it is ours to use, else why not and what to do: `InvalidData` if
@@ -1538,7 +1542,7 @@ struct Provider {
     /// access token, refresh token and expiry.
     object: &'static str,
     keys: [&'static str; 3],
-    /// The command that logs in, with FOLDER for the one of the vendor's tool.
+    /// The command that logs in; FOLDER stands for the file's own.
     login: &'static str,
 }
 
@@ -1643,7 +1647,7 @@ impl Upstream {
     fn new(settings: ProviderSettings, config: &Config, roots: &RootCerts) -> Result<Self, String> {
         let (provider, time) = (settings.provider, Some(config.request_timeout));
         let calls = agent_config(config, roots, &settings.token_url)?
-            .timeout_global(Some(TOKEN_TIME))
+            .timeout_global(Some(REFRESH_TIME))
             .max_idle_connections(0);
         let requests = agent_config(config, roots, &settings.base_url)?
             .timeout_connect(time)
@@ -1768,29 +1772,10 @@ fn roots() -> Result<RootCerts, String> {
 /// How upstream is reached, for requests and refreshes: no redirect, no header of ureq's own.
 fn agent_config(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentConfig, String> {
     let uri: http::Uri = url.parse().map_err(|e| format!("{url}: {e}"))?;
-    let mut proxy = config.proxy.clone();
-    let mut names = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].into_iter();
-    let set = |name| std::env::var(name).ok().filter(|text| !text.is_empty());
-    if proxy.is_none()
-        && let Some((name, text)) = names.find_map(|name| Some(name).zip(set(name)))
-    {
-        let wrong = |_| format!("{name} (not shown): expected a proxy's URL");
-        let found = ureq::Proxy::new(&text).map_err(wrong)?;
-        let host = uri.host().unwrap_or_default().to_ascii_lowercase();
-        // A name stands for all that is below it, with or without a dot before it.
-        let listed = |item: &str| {
-            let front = host.strip_suffix(item.trim().trim_start_matches(['*', '.']));
-            item.trim() == "*" || front.is_some_and(|f| f.is_empty() || f.ends_with('.'))
-        };
-        let direct = ["NO_PROXY", "no_proxy"].into_iter().find_map(set);
-        let direct = direct.map(|list| list.to_ascii_lowercase());
-        let direct = direct.is_some_and(|list| list.split(',').any(listed));
-        proxy = Some(found).filter(|_| !direct);
-    }
     let tls = ureq::tls::TlsConfig::builder().root_certs(roots.clone());
     Ok(ureq::Agent::config_builder()
         .tls_config(tls.build())
-        .proxy(proxy.filter(|_| !is_loopback(&uri)))
+        .proxy(proxy_for(&uri, config)?.filter(|_| !is_loopback(&uri)))
         .http_status_as_error(false)
         .max_redirects(0)
         .accept("")
@@ -1801,6 +1786,28 @@ fn agent_config(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentCo
         .output_buffer_size(UPSTREAM_OUTPUT)
         .max_response_header_size(UPSTREAM_INPUT - 1)
         .max_idle_age(UPSTREAM_IDLE))
+}
+
+/// The configured proxy, else the environment's: HTTPS_PROXY, ALL_PROXY, but not for NO_PROXY.
+/// ureq's own reading prefers ALL_PROXY, and takes a listed name without what is below it.
+fn proxy_for(uri: &http::Uri, config: &Config) -> Result<Option<ureq::Proxy>, String> {
+    let set = |name| std::env::var(name).ok().filter(|text| !text.is_empty());
+    let mut names = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].into_iter();
+    let found = names.find_map(|name| Some(name).zip(set(name)));
+    let Some((name, text)) = found.filter(|_| config.proxy.is_none()) else {
+        return Ok(config.proxy.clone());
+    };
+    let wrong = |_| format!("{name} (not shown): expected a proxy's URL");
+    let proxy = ureq::Proxy::new(&text).map_err(wrong)?;
+    let host = uri.host().unwrap_or_default().to_ascii_lowercase();
+    // A name stands for all that is below it, with or without a dot before it.
+    let listed = |item: &str| {
+        let front = host.strip_suffix(item.trim().trim_start_matches(['*', '.']));
+        item.trim() == "*" || front.is_some_and(|f| f.is_empty() || f.ends_with('.'))
+    };
+    let direct = ["NO_PROXY", "no_proxy"].into_iter().find_map(set);
+    let direct = direct.unwrap_or_default().to_ascii_lowercase();
+    Ok(Some(proxy).filter(|_| !direct.split(',').any(listed)))
 }
 
 /// How an agent's errors came about, which might be the proxy's own.
@@ -2031,7 +2038,7 @@ impl Stream {
     }
 
     /// Reads on in the gate, twice at most. Returns the next head, once it is whole.
-    fn read_on(&mut self) -> Result<Option<Head>, Reply> {
+    fn next_head(&mut self) -> Result<Option<Head>, Reply> {
         self.must_read = false;
         for _ in 0..2 {
             let phase = (self.is_handshaking(), self.allowance());
@@ -2060,7 +2067,7 @@ impl Stream {
 
     /// Takes in what has come, behind what was read ahead.
     fn fill(&mut self) -> io::Result<usize> {
-        let mut chunk = [0; CHUNK_SIZE];
+        let mut chunk = [0; READ_SIZE];
         let count = loop {
             let Some(tls) = &mut self.tls else {
                 break self.socket.read(&mut chunk)?;
@@ -2202,6 +2209,7 @@ impl Body {
 
     /// Reads a chunk's size and, after the last one, the trailers.
     fn next_chunk(&mut self, source: &mut impl Read) -> io::Result<()> {
+        // The end of the line that the chunk before was.
         if self.received > 0 && !chunk_line(source)?.is_empty() {
             return Err(invalid("a chunk is longer than its size"));
         }
@@ -2491,7 +2499,7 @@ fn fields(part: Yaml, known: &str) -> Result<Mapping, String> {
     };
     // A user's key could be a token, with no space after its colon, or no NAME: before it.
     let key = key.as_str().and_then(|key| key.split(':').next());
-    let short = key.filter(|key| key.len() < TOKEN_LENGTH || !known.contains("token_file"));
+    let short = key.filter(|key| key.len() < USER_TOKEN_LENGTH || !known.contains("token_file"));
     let key = short.unwrap_or("a field (not shown)");
     Err(format!("{key}: unknown, expected one of: {known}"))
 }
@@ -2587,14 +2595,11 @@ const NAME: Kind<String> = ("a name, but not -, without control characters", |va
     fine.then(|| name.to_owned())
 });
 
-const TOKEN: Kind<Secret> = (
-    "16 or more visible ASCII characters, or a token_file",
-    |value| {
-        let text = value.as_str()?;
-        let fine = text.len() >= TOKEN_LENGTH && !text.contains(' ');
-        Secret::new(text).filter(|_| fine)
-    },
-);
+const TOKEN: Kind<Secret> = ("16 or more of visible ASCII, or a token_file", |value| {
+    let text = value.as_str()?;
+    let fine = text.len() >= USER_TOKEN_LENGTH && !text.contains(' ');
+    Secret::new(text).filter(|_| fine)
+});
 
 const URL: Kind<String> = ("an https:// URL, or http:// to loopback", |value| {
     let text = value.as_str()?;

@@ -27,7 +27,7 @@ pub enum Length {
 pub fn head(bytes: &[u8]) -> Result<Option<(Admitted, usize)>, u16> {
     let mut stream = stream(silent());
     stream.buffered = bytes.to_vec().into();
-    let head = match stream.read_on() {
+    let head = match stream.next_head() {
         Ok(head) => head,
         Err(end) if end.status == 0 => panic!("{}", end.message),
         Err(reply) => return Err(reply.status),
