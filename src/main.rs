@@ -31,7 +31,7 @@
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Display;
-use std::fs::{self, DirBuilder, File, Permissions};
+use std::fs::{self, DirBuilder, File, Permissions, TryLockError};
 use std::io::{self, BufRead, Cursor, ErrorKind, IoSlice, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
@@ -232,9 +232,11 @@ fn lock_state_dir(folder: &Path) -> Result<File, String> {
     let created = DirBuilder::new().recursive(true).mode(0o700).create(folder);
     let opened = created.and_then(|()| File::open(folder));
     let claim = opened.map_err(|e| format!("state_dir {name}: {e}"))?;
-    let locked = claim.try_lock().map_err(io::Error::from);
-    locked.map_err(|e| format!("state_dir {name}: lock: {e}; does another ai-mux use it?"))?;
-    Ok(claim)
+    match claim.try_lock() {
+        Ok(()) => Ok(claim),
+        Err(TryLockError::WouldBlock) => Err(format!("state_dir {name}: another ai-mux uses it")),
+        Err(TryLockError::Error(e)) => Err(format!("state_dir {name} cannot be locked: {e}")),
+    }
 }
 
 /// Takes a lock even if a thread panicked with it: what it guards is valid after each statement.
@@ -888,7 +890,7 @@ impl Proxy {
             let text = text.to_ascii_lowercase(); // as the names of headers are
             let holds = |user: &User| {
                 let token = user.token.expose().to_ascii_lowercase();
-                // No more of it is shown; and time tells nothing (nobody is known yet).
+                // No more of it is shown. In constant time: whoever asks is not known yet.
                 let mut parts = text.windows(token.len()).take(TEXT_SHOWN);
                 parts.any(|part| part.ct_eq(token.as_bytes()).into())
             };
@@ -1205,7 +1207,7 @@ impl Credential {
         // Another ai-mux may have a link to it, in a state_dir of its own.
         let claim = File::open(&self.path).ok();
         let claimed = claim.as_ref().map(File::try_lock);
-        if matches!(claimed, Some(Err(fs::TryLockError::WouldBlock))) {
+        if matches!(claimed, Some(Err(TryLockError::WouldBlock))) {
             let why = "another ai-mux is refreshing it, or another program has locked its file";
             return Err(passing(why.into()));
         }
@@ -1437,10 +1439,11 @@ impl Credential {
             return Err(self.unusable(ErrorKind::InvalidInput, "is no regular file, or too large"));
         }
         if meta.mode() & 0o077 != 0 {
-            let _ = fs::set_permissions(&self.path, Permissions::from_mode(0o600));
+            let tried = fs::set_permissions(&self.path, Permissions::from_mode(0o600));
+            let why = tried.err().map_or(String::new(), |e| format!(": {e}"));
             let mode = fs::metadata(&self.path).map_err(failed)?.mode() & 0o777;
             let name = self.path.display();
-            warn!("{name}: others could read it; chmod 600 left it at {mode:o}");
+            warn!("{name}: others could read it; its mode is now {mode:o}{why}");
         }
         let before = stamp(&self.path);
         let bytes = fs::read(&self.path).map_err(failed)?;
@@ -1542,7 +1545,7 @@ struct Provider {
     /// access token, refresh token and expiry.
     object: &'static str,
     keys: [&'static str; 3],
-    /// The command that logs in; FOLDER stands for the file's own.
+    /// The command that logs in; FOLDER stands for the file's folder.
     login: &'static str,
 }
 
@@ -1802,7 +1805,8 @@ fn proxy_for(uri: &http::Uri, config: &Config) -> Result<Option<ureq::Proxy>, St
     let host = uri.host().unwrap_or_default().to_ascii_lowercase();
     // A name stands for all that is below it, with or without a dot before it.
     let listed = |item: &str| {
-        let front = host.strip_suffix(item.trim().trim_start_matches(['*', '.']));
+        let name = item.trim().trim_start_matches(['*', '.']);
+        let front = host.strip_suffix(name).filter(|_| !name.is_empty());
         item.trim() == "*" || front.is_some_and(|f| f.is_empty() || f.ends_with('.'))
     };
     let direct = ["NO_PROXY", "no_proxy"].into_iter().find_map(set);
@@ -1810,7 +1814,7 @@ fn proxy_for(uri: &http::Uri, config: &Config) -> Result<Option<ureq::Proxy>, St
     Ok(Some(proxy).filter(|_| !direct.split(',').any(listed)))
 }
 
-/// How an agent's errors came about, which might be the proxy's own.
+/// A word for an agent's errors, which may be the proxy's.
 fn way(agent: &ureq::Agent) -> &'static str {
     let proxy = agent.config().proxy();
     proxy.map_or("", |_| " (through the proxy)")
@@ -1956,7 +1960,7 @@ impl Write for Socket {
         self.step(PollFlags::OUT, || (&self.tcp).write(bytes))
     }
 
-    /// How rustls sends several records; those before an alert and the alert, it tries but once.
+    /// So rustls sends several records; those before an alert, and the alert, only once.
     fn write_vectored(&mut self, records: &[IoSlice]) -> io::Result<usize> {
         self.step(PollFlags::OUT, || (&self.tcp).write_vectored(records))
     }
@@ -2209,7 +2213,7 @@ impl Body {
 
     /// Reads a chunk's size and, after the last one, the trailers.
     fn next_chunk(&mut self, source: &mut impl Read) -> io::Result<()> {
-        // The end of the line that the chunk before was.
+        // The line end behind the data of the chunk before.
         if self.received > 0 && !chunk_line(source)?.is_empty() {
             return Err(invalid("a chunk is longer than its size"));
         }
@@ -2427,9 +2431,9 @@ fn user(entry: Yaml) -> Result<User, String> {
     let name = field("name", entry, "", NAME)?;
     let mut place = format!("{name:?}");
     if let Some(path) = field("token_file", entry, Yaml::Null, PATH)? {
-        // Without a slash, it may well be the token.
-        let shown = path.to_str().filter(|path| path.contains('/'));
-        place += &format!(": token_file {}", shown.unwrap_or("(not shown: no /)"));
+        let shown = path.to_str().filter(|path| path.starts_with(['/', '.']));
+        let shown = shown.unwrap_or("(not shown, as it may be the token)");
+        place += &format!(": token_file {shown}");
         let text = fs::read_to_string(&path).map_err(|e| format!("{place}: {e}"))?;
         let token = entry.insert("token".into(), text.trim().into());
         if token.is_some_and(|token| !token.is_null()) {
@@ -2550,11 +2554,12 @@ const ADDRESS: Kind<(String, u16)> = ("\":PORT\" or \"HOST:PORT\"", |value| {
 
 const FOLDER: Kind<PathBuf> = ("a path, or ~/PATH where there is a home", |value| {
     let path = value.as_str().filter(|path| !path.is_empty())?;
-    match Path::new(path).strip_prefix("~") {
-        Ok(rest) => Some(std::env::home_dir()?.join(rest)),
-        Err(_) if path.starts_with('~') => None, // nobody else's home
-        Err(_) => std::path::absolute(path).ok(), // as it is told to people elsewhere
-    }
+    let path = match Path::new(path).strip_prefix("~") {
+        Ok(rest) => std::env::home_dir()?.join(rest),
+        Err(_) if path.starts_with('~') => return None, // nobody else's home
+        Err(_) => path.into(),
+    };
+    std::path::absolute(path).ok() // it is told to people who are elsewhere
 });
 
 const LEVEL: Kind<LevelFilter> = ("debug, info, warn or error", |value| {
@@ -2785,7 +2790,9 @@ fn start_log(level: LevelFilter) {
     // It names the journal's device and inode; what systemd starts indirectly inherits it, and may
     // write elsewhere (systemd.exec(5)).
     let place = fs::metadata("/dev/stderr").map(|meta| format!("{}:{}", meta.dev(), meta.ino()));
-    let timed = std::env::var("JOURNAL_STREAM") != Ok(place.unwrap_or_default());
+    let timed = place
+        .ok()
+        .is_none_or(|place| std::env::var("JOURNAL_STREAM") != Ok(place));
     let _ = log::set_boxed_logger(Box::new(Log { logger, timed })); // fails only if there is one
 }
 

@@ -269,7 +269,7 @@ fn what_was_found_in_a_secret_field_is_not_shown() {
         "users: [{name: a, token: Pw5xKtRb8zHnVc3mXd}, {name: b, token: Pw5xKtRb8zHnVc3mXd}]"
             .to_owned(),
         format!("users: [{{name: alice, token_file: {}}}]", short.display()),
-        "users: [{name: alice, token_file: Pw5xKtRb8zHnVc3mXd}]".to_owned(),
+        "users: [{name: alice, token_file: Pw5xKtRb8z/HnVc3mXd=}]".to_owned(),
         "users: [{name: alice, token: 555666777888999000}]".to_owned(),
         "users: [{name: alice, token: 555666777888999000555666777}]".to_owned(),
         "providers: [{name: claude, headers: {x-a: -555666777888999000555666777}}]".to_owned(),

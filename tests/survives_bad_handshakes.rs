@@ -181,7 +181,7 @@ fn new_keys_are_no_head_that_has_begun() {
 #[test]
 fn a_handshake_writes_no_log() {
     let authority = Authority::new();
-    let mux = Setup::new(&Upstream::plain()).tls(&authority).start();
+    let mut mux = Setup::new(&Upstream::plain()).tls(&authority).start();
     let mut hello = Vec::new();
     let mut tls = authority.client(rustls::ALL_VERSIONS);
     tls.write_tls(&mut hello).expect("a hello");
@@ -195,5 +195,7 @@ fn a_handshake_writes_no_log() {
         let read = client.wire.socket().read(&mut [0]);
         assert_eq!(read.expect("an answer"), 1);
     }
-    assert!(!mux.log().contains("rustls"), "{}", mux.log());
+    assert_eq!(mux.stop(), 0);
+    let log = mux.whole_log();
+    assert!(!log.contains("rustls"), "{log}");
 }

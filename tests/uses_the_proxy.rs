@@ -307,6 +307,19 @@ fn a_proxy_that_is_not_there_is_502() {
     assert!(said.contains("through the proxy"), "{said}");
 }
 
+/// A name that ends in the root's dot is nobody's part: without a list, it goes to the proxy.
+#[test]
+fn an_empty_item_of_no_proxy_stands_for_nothing() {
+    for list in ["", "other.test,", "."] {
+        let (far, _near, proxy, setup) = far_away("upstream.test.");
+        let setup = setup.env("HTTPS_PROXY", format!("http://{}", proxy.addr));
+        let mux = setup.env("NO_PROXY", list).start();
+        mux.message();
+        assert_eq!(proxy.asked()[0], "CONNECT upstream.test.:443", "{list}");
+        drop(far);
+    }
+}
+
 /// A variable that is for plain HTTP, which is never spoken to a far upstream; and one that means nothing.
 #[test]
 fn a_proxy_for_something_else_is_not_used_and_a_wrong_one_is_an_error() {
