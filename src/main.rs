@@ -1791,6 +1791,8 @@ fn agent_config(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentCo
         .max_idle_age(UPSTREAM_IDLE))
 }
 
+type AgentConfig = ureq::config::ConfigBuilder<ureq::typestate::AgentScope>;
+
 /// The configured proxy, else the environment's: HTTPS_PROXY, ALL_PROXY, but not for NO_PROXY.
 /// ureq's own reading prefers ALL_PROXY, and takes a listed name without what is below it.
 fn proxy_for(uri: &http::Uri, config: &Config) -> Result<Option<ureq::Proxy>, String> {
@@ -1819,8 +1821,6 @@ fn way(agent: &ureq::Agent) -> &'static str {
     let proxy = agent.config().proxy();
     proxy.map_or("", |_| " (through the proxy)")
 }
-
-type AgentConfig = ureq::config::ConfigBuilder<ureq::typestate::AgentScope>;
 
 /// The certificates in a PEM file, one at least.
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
@@ -1960,7 +1960,7 @@ impl Write for Socket {
         self.step(PollFlags::OUT, || (&self.tcp).write(bytes))
     }
 
-    /// So rustls sends several records; those before an alert, and the alert, only once.
+    /// rustls hands over all its records at once; before it fails only once, with the alert last.
     fn write_vectored(&mut self, records: &[IoSlice]) -> io::Result<usize> {
         self.step(PollFlags::OUT, || (&self.tcp).write_vectored(records))
     }
@@ -2600,7 +2600,7 @@ const NAME: Kind<String> = ("a name, but not -, without control characters", |va
     fine.then(|| name.to_owned())
 });
 
-const TOKEN: Kind<Secret> = ("16 or more of visible ASCII, or a token_file", |value| {
+const TOKEN: Kind<Secret> = ("16+ visible ASCII characters or a token_file", |value| {
     let text = value.as_str()?;
     let fine = text.len() >= USER_TOKEN_LENGTH && !text.contains(' ');
     Secret::new(text).filter(|_| fine)
