@@ -496,7 +496,13 @@ impl Gate {
         let wanted = self.busy + self.queue.len() + SPARE_WORKERS;
         while self.running < wanted.min(self.workers) {
             let (server, proxy) = (self.server.clone(), self.proxy.clone());
-            let work = move || server.incoming_requests().for_each(|t| proxy.serve(t));
+            let work = move || loop {
+                match server.recv() {
+                    Ok(ticket) => proxy.serve(ticket),
+                    Err(e) if e.kind() == ErrorKind::Other => return, // from `unblock`
+                    Err(_) => {} // from accept(2), where nobody connects any more
+                }
+            };
             if let Err(e) = spawn("worker", work) {
                 let level = [Level::Debug, Level::Warn][(self.busy == self.running) as usize];
                 return log!(level, "start a worker: {e}");

@@ -72,6 +72,26 @@ fn when_none_is_left_a_client_waits_and_is_served_later() {
     assert_eq!(client.answer().text(), "fine");
 }
 
+/// A system call that is interrupted may fail then: here accept(2) within tiny_http, where nobody connects any more.
+#[test]
+fn a_pause_while_none_is_left_costs_no_worker() {
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).set("workers", 1).start();
+    let before = mux.warm_footprint();
+    let old = mux.limit_descriptors(3);
+    mux.signal(Signal::STOP);
+    let stat = format!("/proc/{}/stat", mux.pid());
+    let stopped = || fs::read_to_string(&stat).is_ok_and(|text| text.contains(") T "));
+    wait_until("it has stopped", stopped);
+    mux.signal(Signal::CONT);
+    mux.wait_log("tiny_http");
+    mux.limit_descriptors(old);
+    for _ in 0..3 {
+        assert_eq!(mux.message().text(), "fine");
+    }
+    mux.assert_recovered(before, 1);
+}
+
 /// A worker that cannot reach upstream says so and lives on; and a file that cannot be opened just now is no log-out.
 #[test]
 fn a_request_that_needs_one_more_fails_alone() {
