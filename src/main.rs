@@ -1208,7 +1208,8 @@ impl Credential {
     fn refresh(&self, old: &Token) -> Result<(), RefreshError> {
         let passing = |why| (why, Some(Duration::ZERO));
         if lock(&self.state).unsaved {
-            return Err(passing("the last refresh is not on disk yet".into()));
+            self.save(); // what the last one brought comes first
+            return Ok(());
         }
         // Another ai-mux may have a link to it, in a state_dir of its own.
         let claim = File::open(&self.path).ok();

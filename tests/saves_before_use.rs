@@ -192,6 +192,38 @@ fn requests_do_not_wear_out_the_tries() {
     assert!(tries <= 2, "{tries} tries");
 }
 
+/// Nor do they take the time of a try without one, where the new login is due for a refresh itself.
+#[test]
+fn requests_do_not_stand_in_for_a_try() {
+    let up = Upstream::plain();
+    let setup = Setup::new(&up).save("claude", &up.login("claude", -10).claude());
+    let (folder, vendor) = (setup.state().join("claude"), up.shared.clone());
+    let closed = folder.clone();
+    up.on_refresh(move |request, conn| {
+        allow(&closed, 0o500);
+        let answer = vendor.vendors.renew(request, 60).expect("a new login");
+        conn.json(200, &answer).map(|()| true)
+    });
+    let mux = setup.unprivileged().start();
+    mux.wait_log("ERROR");
+    allow(&folder, 0o700);
+    let saved = || mux.log().contains("claude: refreshed");
+    thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| {
+                let mut client = mux.client();
+                while !saved() {
+                    client.request("POST", MESSAGES, &[BEARER], b"{}");
+                    assert_eq!(client.answer().status, 200);
+                }
+            });
+        }
+    });
+    let log = mux.log();
+    let tries = log.matches("next try in").count();
+    assert_eq!(tries, 1, "the first time, it could be saved:\n{log}");
+}
+
 #[test]
 fn what_is_written_late_is_still_young() {
     let up = Upstream::plain();
