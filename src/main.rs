@@ -1106,14 +1106,14 @@ impl State {
 }
 
 /// A state of a file: device, inode, size; ctime; mtime. Two that are equal hold the same bytes,
-/// but for the last `SETTLE_TIME`.
-type Stamp = ([u64; 3], [i64; 2], SystemTime);
+/// if the first was taken `SETTLE_TIME` after that ctime.
+type Stamp = ([u64; 3], SystemTime, SystemTime);
 
 fn stamp(path: &Path) -> Option<Stamp> {
     let meta = fs::metadata(path).ok()?;
     let file = [meta.dev(), meta.ino(), meta.size()];
-    let changed = [meta.ctime(), meta.ctime_nsec()];
-    Some((file, changed, meta.modified().ok()?))
+    let changed = Duration::new(meta.ctime().max(0) as u64, meta.ctime_nsec() as u32);
+    Some((file, UNIX_EPOCH + changed, meta.modified().ok()?))
 }
 
 impl Credential {
@@ -1386,7 +1386,8 @@ impl Credential {
         };
         match self.read() {
             Ok((stamp, _, token)) => {
-                state.settled = stamp.2.elapsed().is_ok_and(|age| age > SETTLE_TIME);
+                // Its mtime can be set back, or ahead.
+                state.settled = stamp.1.elapsed().is_ok_and(|age| age > SETTLE_TIME);
                 // A change of the file is worth another try, but not one of its mode.
                 let content = |(file, _, modified): Stamp| (file, modified);
                 if state.seen.replace(stamp).map(content) != Some(content(stamp)) {

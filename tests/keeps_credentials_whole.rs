@@ -8,8 +8,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -283,13 +282,7 @@ fn kill_9_at_random_moments_of_refreshes_under_load() {
 #[test]
 fn two_that_are_linked_to_one_login_do_not_spend_it_twice() {
     let up = Upstream::plain();
-    let (asked, go) = (Steps::default(), Steps::default());
-    let (told, held) = (asked.clone(), go.clone());
-    up.on_refresh(move |_, _| {
-        told.advance();
-        held.wait(1);
-        Ok(false)
-    });
+    let go = up.hold_refreshes();
     let setups = [Setup::new(&up), Setup::new(&up)];
     let [shared, link] = setups.each_ref().map(|s| s.state().join("claude"));
     fs::remove_dir_all(&link).expect("remove a folder");
@@ -297,7 +290,7 @@ fn two_that_are_linked_to_one_login_do_not_spend_it_twice() {
     let [first, second] = setups;
     let ended = up.login("claude", -10);
     let first = first.save("claude", &ended.claude()).start();
-    asked.wait(1);
+    up.wait(1, Request::is_refresh);
     let second = second.start();
     let answer = second.message();
     assert_eq!(answer.status, 503);
@@ -314,45 +307,6 @@ fn two_that_are_linked_to_one_login_do_not_spend_it_twice() {
     assert_eq!(names.count(), 1, "nothing but the login");
 }
 
-/// A file system of its own, where this machine lets us have one.
-struct Disk(PathBuf);
-
-impl Disk {
-    fn mount(path: PathBuf) -> Option<Disk> {
-        fs::create_dir_all(&path).expect("make a folder");
-        let options = ["-t", "tmpfs", "-o", "size=256k,mode=700", "tmpfs"];
-        let done = Command::new("mount").args(options).arg(&path).output();
-        if done.is_ok_and(|done| done.status.success()) {
-            return Some(Disk(path));
-        }
-        say("SKIPPED: this user may not mount a file system");
-        None
-    }
-
-    fn remount(&self, how: &str) {
-        let options = format!("remount,{how}");
-        let mut command = Command::new("mount");
-        let done = command.args(["-o", &options]).arg(&self.0).status();
-        assert!(done.expect("run mount").success(), "remount {how}");
-    }
-
-    /// Takes what room is left.
-    fn fill(&self) {
-        let mut filler = fs::File::create(self.0.join("filler")).expect("make a file");
-        while filler.write(&[b'x'; 4096]).is_ok_and(|count| count > 0) {}
-    }
-
-    fn free(&self) {
-        fs::remove_file(self.0.join("filler")).expect("remove a file");
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
-
 fn wait_until_served(mux: &Mux) {
     wait_until("what was mended is noticed", || mux.message().status == 200);
 }
@@ -361,13 +315,15 @@ fn wait_until_served(mux: &Mux) {
 #[test]
 fn a_full_and_a_read_only_disk_are_found_out_before_a_token_is_spent() {
     type Do = fn(&Disk);
-    let cases: [(&str, Do, Do); 2] = [
-        ("full", Disk::fill, Disk::free),
+    let cases: [(&str, Do, Do); 3] = [
+        ("full", |d| d.fill(0), Disk::free),
+        // A login could outgrow a page.
+        ("almost full", |d| d.fill(1), Disk::free),
         ("read-only", |d| d.remount("ro"), |d| d.remount("rw")),
     ];
     at_once(cases, |(case, harm, mend)| {
         let folder = Folder::new();
-        let Some(disk) = Disk::mount(folder.0.join("claude")) else {
+        let Some(disk) = Disk::mount(folder.0.join("claude"), "tmpfs") else {
             return;
         };
         let up = Upstream::plain();
@@ -397,14 +353,14 @@ fn a_full_and_a_read_only_disk_are_found_out_before_a_token_is_spent() {
 #[test]
 fn a_disk_that_fills_while_the_vendor_answers() {
     let folder = Folder::new();
-    let Some(disk) = Disk::mount(folder.0.join("claude")) else {
+    let Some(disk) = Disk::mount(folder.0.join("claude"), "tmpfs") else {
         return;
     };
     let disk = Arc::new(disk);
     let up = Upstream::plain();
     let filled = disk.clone();
     up.on_refresh(move |_, _| {
-        filled.fill();
+        filled.fill(0);
         Ok(false)
     });
     login::save(

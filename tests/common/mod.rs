@@ -3,6 +3,7 @@
 #![allow(dead_code, unused_imports)] // No test uses all of it.
 
 pub mod client;
+pub mod disk;
 pub mod footprint;
 pub mod http;
 pub mod login;
@@ -13,6 +14,7 @@ pub mod upstream;
 pub mod vendor;
 
 pub use client::{Answer, Client};
+pub use disk::Disk;
 pub use footprint::{Footprint, need_descriptors};
 pub use http::{Head, PATIENCE, Wire};
 pub use login::{Login, noise, now};
@@ -112,7 +114,11 @@ impl Folder {
     pub fn new() -> Folder {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = env::temp_dir().join(format!("ai-mux-test-{}-{number}", std::process::id()));
+        // The program tells of real paths, whatever links lead there.
+        let base = env::temp_dir()
+            .canonicalize()
+            .expect("a folder for folders");
+        let path = base.join(format!("ai-mux-test-{}-{number}", std::process::id()));
         let _ = fs::remove_dir_all(&path); // of a process that had this id and was killed
         fs::create_dir_all(&path).expect("make a folder");
         Folder(path)
