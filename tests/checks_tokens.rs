@@ -171,6 +171,7 @@ fn without_users_everyone_is_admitted_but_a_web_page() {
     for origin in ["https://example.org", "null"] {
         let refused = ask(&[("origin", origin)]);
         assert_eq!(refused.status, 403);
+        assert_eq!(refused.header("x-should-retry"), Some("false"));
         refused.error();
     }
     assert_eq!(up.requests().len(), 3);

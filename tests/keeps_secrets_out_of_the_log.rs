@@ -332,6 +332,7 @@ fn one_line_for_each_refresh() {
     assert_eq!(mux.message().status, 200);
     assert_eq!(mux.ask("POST", RESPONSES, &[], b"{}").status, 200);
     for provider in ["claude", "chatgpt"] {
+        mux.wait_log(&format!("{provider}: refreshed"));
         assert_eq!(mux.log_lines(&format!("{provider}: refreshed")).len(), 1);
     }
     assert!(

@@ -114,6 +114,19 @@ fn a_client_cannot_choose_the_account() {
         let request = up.requests().pop().expect("a request");
         assert_eq!(request.head.all("chatgpt-account-id"), [account]);
     }
+    // Nor where there is none that would replace it.
+    let mut login = up.login("chatgpt", 3600);
+    login.access = noise();
+    up.accept(&login);
+    let mut file = login.flat();
+    file["account_id"] = Value::Null;
+    login::save(&mux.state(), "chatgpt", &file);
+    for target in [RESPONSES, MESSAGES] {
+        let sent = [("chatgpt-account-id", "another")];
+        assert_eq!(mux.ask("POST", target, &sent, b"{}").status, 200);
+        let request = up.requests().pop().expect("a request");
+        assert_eq!(request.head.get("chatgpt-account-id"), None, "{target}");
+    }
 }
 
 #[test]

@@ -43,6 +43,7 @@ fn fifty_requests_on_an_expired_token_cause_one_refresh() {
             up.requests().iter().all(|r| r.bearer() == first),
             "{provider}"
         );
+        mux.wait_log(&format!("{provider}: refreshed"));
         assert_eq!(mux.log_lines(&format!("{provider}: refreshed")).len(), 1);
     }
 }

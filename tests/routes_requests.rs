@@ -58,6 +58,15 @@ fn both_providers_are_mapped_and_the_query_is_kept_as_it_is() {
 }
 
 #[test]
+fn a_slash_at_the_end_of_base_url_is_not_doubled() {
+    let up = echo();
+    let url = format!("{}/anthropic/", up.url());
+    let mux = Setup::new(&up).provider(0, "base_url", url).start();
+    let answer = mux.message();
+    assert_eq!(answer.text(), "POST /anthropic/v1/messages HTTP/1.1");
+}
+
+#[test]
 fn every_method_is_passed_on() {
     let up = echo();
     let mux = Mux::start(&up);

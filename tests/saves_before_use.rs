@@ -338,7 +338,7 @@ fn it_is_synced_before_it_is_in_place_and_its_folder_after() {
     let up = Upstream::plain();
     let setup = Setup::bare(&up).save("claude", &up.login("claude", -10).claude());
     let calls = setup.folder.0.join("calls");
-    let options = format!("-o {} -e trace=fsync,/rename", calls.display());
+    let options = format!("-y -o {} -e trace=fsync,/rename", calls.display());
     let Some(script) = setup::under_strace(&options) else {
         return say("SKIPPED: no strace");
     };
@@ -353,6 +353,11 @@ fn it_is_synced_before_it_is_in_place_and_its_folder_after() {
         .collect();
     // The first is of the rehearsal, before a token is spent.
     assert_eq!(names, ["fsync", "fsync", "rename", "fsync"], "{calls}");
+    let synced = calls.lines().filter(|line| line.contains("fsync("));
+    let ends = ["ai-mux-try>)", "ai-mux-new>)", "/claude>)"];
+    for (line, end) in synced.zip(ends) {
+        assert!(line.contains(end), "{end}: {calls}");
+    }
 }
 
 /// The rehearsal takes a while on a slow disk, and what another tool does meanwhile counts.
@@ -408,7 +413,7 @@ fn a_touch_in_the_moment_of_saving_delays_nothing() {
     let (up, state) = tells_what_is_saved();
     let setup = Setup::bare(&up).save("claude", &up.login("claude", -10).claude());
     state.set(setup.state()).expect("set once");
-    // The second is between the last look at the file and the rename.
+    // The second is between the reading of the file and the last look at it.
     let options = "-o /dev/null -e trace=fsync -e inject=fsync:delay_enter=2000000:when=2";
     let Some(script) = setup::under_strace(options) else {
         return say("SKIPPED: no strace");

@@ -3,7 +3,9 @@
 
 mod common;
 use common::*;
+use rustix::net::{self, AddressFamily, SocketType};
 use std::io::{self, Read};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 /// Fails in the way that `x-way` names.
@@ -186,6 +188,30 @@ fn silence_before_the_head_is_504_and_names_its_setting() {
         answer.text()
     );
     end.advance();
+}
+
+/// As where a firewall drops what is sent: a listener whose queue is full answers no more.
+#[test]
+fn silence_before_the_connection_is_504() {
+    let socket = net::socket(AddressFamily::INET, SocketType::STREAM, None).expect("a socket");
+    net::bind(&socket, &SocketAddr::from(([127, 0, 0, 1], 0))).expect("bind");
+    net::listen(&socket, 0).expect("listen");
+    let full = TcpListener::from(socket);
+    let addr = full.local_addr().expect("an address");
+    let soon = Duration::from_millis(200);
+    let queued = (0..100).map_while(|_| TcpStream::connect_timeout(&addr, soon).ok());
+    let queued: Vec<_> = queued.collect();
+    assert!(queued.len() < 100, "its queue has no end");
+    let up = Upstream::plain();
+    let setup = Setup::new(&up).set("request_timeout", "1s");
+    let setup = setup.provider(0, "base_url", format!("http://{addr}"));
+    let answer = setup.start().message();
+    assert_eq!(answer.status, 504);
+    assert!(
+        answer.error().contains("request_timeout"),
+        "{}",
+        answer.text()
+    );
 }
 
 #[test]

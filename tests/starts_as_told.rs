@@ -128,21 +128,37 @@ fn a_number_is_seconds() {
     end.advance();
 }
 
+fn has_ipv6() -> bool {
+    TcpListener::bind("[::1]:0").is_ok()
+}
+
 #[test]
 fn a_port_alone_is_every_interface() {
     let up = Upstream::plain();
     let mux = Setup::new(&up).set("listen", ":0").start();
     let port = mux.addr.port();
-    for addr in [
+    let here = [
         SocketAddr::from(([127, 0, 0, 1], port)),
         SocketAddr::from(([0, 0, 0, 0, 0, 0, 0, 1], port)),
-    ] {
+    ];
+    for addr in here.into_iter().filter(|a| a.is_ipv4() || has_ipv6()) {
         let answer = Client::new(addr)
             .request("POST", MESSAGES, &[BEARER], b"{}")
             .answer();
         assert_eq!(answer.status, 200, "{addr}");
     }
     mux.wait_log(" peer=127.0.0.1:"); // not ::ffff:127.0.0.1
+}
+
+#[test]
+fn a_port_alone_is_every_interface_of_a_host_without_ipv6() {
+    let options = "-o /dev/null -e trace=socket -e inject=socket:error=EAFNOSUPPORT:when=1";
+    let Some(script) = setup::under_strace(options) else {
+        return say("SKIPPED: no strace");
+    };
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).set("listen", ":0").shell(&script).start();
+    assert!(mux.addr.is_ipv4(), "{}", mux.addr);
 }
 
 /// As Go does: what is told to call a name by IPv4 still reaches it.
@@ -162,6 +178,9 @@ fn of_a_names_addresses_it_takes_ipv4_first() {
 fn a_host_may_be_a_name_or_an_ipv6_address() {
     let up = Upstream::plain();
     for (listen, said) in [("localhost:0", "http://"), ("[::1]:0", "http://[::1]:")] {
+        if listen.starts_with('[') && !has_ipv6() {
+            return say("SKIPPED: no IPv6 here");
+        }
         let mux = Setup::new(&up).set("listen", listen).start();
         assert!(
             mux.log().contains(&format!("listening on {said}")),
@@ -170,6 +189,39 @@ fn a_host_may_be_a_name_or_an_ipv6_address() {
         );
         assert_eq!(mux.message().status, 200, "{listen}");
     }
+}
+
+/// What was closed a moment ago keeps no port: a restart takes over from the one before.
+#[test]
+fn a_port_is_free_again_at_once() {
+    let up = Upstream::plain();
+    let mut mux = Setup::new(&up).start_unheard();
+    let mut client = mux.client();
+    let answer = client.request("POST", MESSAGES, &[], b"{}").answer();
+    assert_eq!(answer.status, 401);
+    assert!(
+        client.closed(),
+        "by ai-mux first: its end is the one that lingers"
+    );
+    drop(client);
+    assert_eq!(mux.stop(), 0);
+    let again = Setup::new(&up).set("listen", mux.addr.to_string()).start();
+    assert_eq!(again.message().status, 200);
+}
+
+/// Whoever has that port, ai-mux without a configuration asks for it.
+#[test]
+fn by_default_it_listens_on_8080() {
+    let _taken = TcpListener::bind("0.0.0.0:8080");
+    let home = Folder::new();
+    let login = Login::new("claude", 3600).claude();
+    login::save(&home.0.join(".ai-mux"), "claude", &login);
+    let mut command = Command::new(binary());
+    let run = command.env_clear().env("HOME", &home.0).output();
+    let run = run.expect("run ai-mux");
+    let said = String::from_utf8_lossy(&run.stderr);
+    assert_eq!(run.status.code(), Some(1), "{said}");
+    assert!(said.contains("listen on :::8080: "), "{said}");
 }
 
 #[test]

@@ -195,7 +195,7 @@ fn a_request_that_waits_for_a_worker_is_served() {
 /// that unread, the kernel would reset the connection.
 #[test]
 fn a_request_behind_the_running_one_costs_no_answer() {
-    const SIZE: usize = 300_000;
+    const SIZE: usize = 30_000; // what the smallest send buffer takes
     let go = Steps::default();
     let held = go.clone();
     let up = Upstream::start(move |_, conn| {

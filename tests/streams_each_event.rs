@@ -222,4 +222,6 @@ fn an_event_costs_two_system_calls_on_sockets() {
         assert!((MANY..2 * MANY).contains(&count(call)), "{call}: {calls}");
     }
     assert!(count("setsockopt(") < MANY / 2, "{calls}");
+    // Or a small event could wait for the other side's word on the one before.
+    assert_eq!(count("TCP_NODELAY, [1]"), 2, "{calls}");
 }

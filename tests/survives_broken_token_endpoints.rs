@@ -72,7 +72,7 @@ fn misbehave(way: &str, conn: &mut Conn) -> io::Result<()> {
         }
         "a redirect" => conn.respond(307, &[("location", "/anthropic/v1/elsewhere")], b""),
         "too many requests" => conn.respond(429, &[("retry-after", "1")], b"{}"),
-        "an absurd wait" => conn.respond(429, &[("retry-after", "99999999999999999999")], b"{}"),
+        "an absurd wait" => conn.respond(429, &[("retry-after", "9999999999999999999")], b"{}"),
         "silence" => stay_silent(conn),
         "silence in the body" => {
             conn.head(200, &[("content-length", "1000")])?;

@@ -169,6 +169,8 @@ fn trouble_that_may_pass_is_waited_out() {
         ("claude", 429),
         ("claude", 408),
         ("chatgpt", 500),
+        ("chatgpt", 400),
+        ("chatgpt", 401),
         ("chatgpt", 403),
         ("chatgpt", 429),
         ("claude", 0),

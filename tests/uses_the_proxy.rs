@@ -181,6 +181,7 @@ fn an_http_proxy_with_a_password() {
         &mux,
         "CONNECT upstream.test:443 Basic dTpUejZ3UW4zTGtQ",
     );
+    mux.wait_log("DEBUG");
     let log = mux.log();
     assert!(
         log.contains("DEBUG") && !log.contains("[rustls"),

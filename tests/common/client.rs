@@ -174,11 +174,18 @@ impl Answer {
         let json = self.json();
         assert_eq!(json["type"], "error", "{json}");
         let error = json["error"].as_object().expect("an error object");
-        assert!(
-            error["type"].is_string() && error["param"].is_null(),
-            "{json}"
-        );
-        assert!(error.contains_key("code") && error.len() == 4, "{json}");
+        let kind = match self.status {
+            400 | 426 => "invalid_request_error",
+            401 => "authentication_error",
+            403 => "permission_error",
+            404 => "not_found_error",
+            408 | 504 => "timeout_error",
+            413 | 431 => "request_too_large",
+            _ => "api_error",
+        };
+        assert_eq!(error["type"], kind, "{} {json}", self.status);
+        assert!(error["param"].is_null() && error.len() == 4, "{json}");
+        assert!(error.contains_key("code"), "{json}");
         error["message"].as_str().expect("a message").to_owned()
     }
 }

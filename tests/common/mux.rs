@@ -124,11 +124,12 @@ impl Mux {
         kill_process(pid, signal).expect("send a signal");
     }
 
-    /// Waits for the end of the process: its exit code, or minus the signal that ended it.
+    /// Waits for the end of the process, and of its log: its exit code, or minus the signal that ended it.
     pub fn wait_exit(&mut self) -> i32 {
         let deadline = Instant::now() + 2 * PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().expect("wait for ai-mux") {
+                self.whole_log();
                 return status
                     .code()
                     .unwrap_or_else(|| -status.signal().unwrap_or(0));
