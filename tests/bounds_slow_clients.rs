@@ -184,6 +184,7 @@ fn dripped_bodies(mux: &Mux, up: &Upstream) {
     }
     drip(&mut clients, &[b'x'; 256], 256); // half of what would do
     mux.wait_log_times("status=408", 64);
+    assert_eq!(mux.log_lines("status=408").len(), 64);
     assert_eq!(up.requests().len(), 1);
 }
 
@@ -196,6 +197,7 @@ fn dripped_chunks(mux: &Mux, up: &Upstream) {
     }
     drip(&mut clients, b"1\r\nx\r\n", 1);
     mux.wait_log_times("status=408", 64);
+    assert_eq!(mux.log_lines("status=408").len(), 64);
     assert_eq!(up.requests().len(), 1);
 }
 
