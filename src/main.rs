@@ -2524,7 +2524,7 @@ fn field<T>(name: &str, of: &mut Mapping, or: impl Into<Yaml>, kind: Kind<T>) ->
     let text = serde_json::to_string(&value).unwrap_or_default();
     // In a URL: a password, a query, a fragment. Elsewhere: a key in PEM, or lines of one.
     let marks = ["@", "?", "#", "-----", "\\n"];
-    let secret = ["token", "users", "headers", "proxy"].contains(&name);
+    let secret = ["token", "token_file", "users", "headers", "proxy"].contains(&name);
     let secret = secret || marks.iter().any(|mark| text.contains(mark));
     let shown = match &value {
         Yaml::Mapping(_) | Yaml::Sequence(_) | Yaml::Tagged(_) => "a nested value",
@@ -2577,9 +2577,9 @@ const LEVEL: Kind<LevelFilter> = ("debug, info, warn or error", |value| {
 
 const DURATION: Kind<Duration> = ("60s, 1h30m or the like, or seconds", |value| {
     let seconds = value.as_u64().map(Duration::from_secs);
-    // humantime also knows days and up: these letters refuse them, and with them `min`.
-    let short = |text: &&str| !text.contains(|c| "Mdiwy".contains(c));
-    let text = value.as_str().filter(short);
+    // humantime also knows longer words, and days and up: only h, m, s, ms, us and ns pass.
+    let short = |c: char| c.is_ascii_digit() || ". hmsun".contains(c);
+    let text = value.as_str().filter(|text| text.chars().all(short));
     let time = seconds.or_else(|| humantime::parse_duration(text?).ok())?;
     Some(time).filter(|time| !time.is_zero() && *time <= DURATION_MAX)
 });

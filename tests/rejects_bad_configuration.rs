@@ -185,6 +185,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ),
     ("request_timeout: 1M", &["request_timeout", "1M"]),
     ("request_timeout: 2 days", &["request_timeout"]),
+    ("request_timeout: 1month", &["request_timeout", "1month"]),
     ("stream_idle_timeout: [1]", &["stream_idle_timeout"]),
     ("stream_idle_timeout: 0s", &["stream_idle_timeout"]),
     (
@@ -271,6 +272,7 @@ fn what_was_found_in_a_secret_field_is_not_shown() {
         format!("users: [{{name: alice, token_file: {}}}]", short.display()),
         "users: [{name: alice, token_file: Pw5xKtRb8z/HnVc3mXd=}]".to_owned(),
         "users: [{name: alice, token: 555666777888999000}]".to_owned(),
+        "users: [{name: alice, token_file: 555666777888999000}]".to_owned(),
         "users: [{name: alice, token: 555666777888999000555666777}]".to_owned(),
         "providers: [{name: claude, headers: {x-a: -555666777888999000555666777}}]".to_owned(),
         "providers: [{name: claude, base_url: 'https://h/?key=Pw5xKt'}]".to_owned(),
