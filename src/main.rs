@@ -1247,6 +1247,7 @@ impl Credential {
         if let Some(scope) = provider.scope {
             form["scope"] = scope.into();
         }
+        WAIT_END.set(Instant::now() + REFRESH_TIME); // for the look-up
         let request = self.agent.post(url).content_type("application/json");
         let mut answer = request.send(form.to_string()).map_err(|e| passing(&e))?;
         let (status, wait) = (answer.status().as_u16(), retry_after(answer.headers()));
@@ -1664,6 +1665,8 @@ impl Upstream {
             .timeout_connect(time)
             .max_idle_connections(UPSTREAMS_KEPT)
             .max_idle_connections_per_host(UPSTREAMS_KEPT);
+        let connector = DefaultConnector::new();
+        let calls = ureq::Agent::with_parts(calls.build(), connector, Lookup::default());
         let connector = DefaultConnector::new().chain(Deadline(()));
         Ok(Upstream {
             provider,
@@ -1672,7 +1675,7 @@ impl Upstream {
                 provider,
                 path: provider.path(&config.state_dir),
                 token_url: settings.token_url.clone(),
-                agent: calls.build().new_agent(),
+                agent: calls,
                 interval: config.refresh_check_interval,
                 turn: Mutex::default(),
                 state: Mutex::default(),
@@ -1869,7 +1872,7 @@ impl Resolver for Lookup {
 }
 
 thread_local! {
-    /// Until when this worker waits for upstream to take or to send what is next.
+    /// Until when this thread waits for upstream to take or to send what is next.
     static WAIT_END: Cell<Instant> = Cell::new(Instant::now());
 }
 

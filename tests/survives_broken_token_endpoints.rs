@@ -3,6 +3,7 @@
 
 mod common;
 use common::*;
+use std::net::TcpListener;
 use std::time::Duration;
 use std::{io, thread};
 
@@ -289,6 +290,33 @@ fn a_stalled_refresh_under_load() {
     });
     assert_eq!(up.refreshes().len(), 1);
     mux.assert_recovered(before, 64);
+}
+
+/// Where IPv6 is broken, its addresses would take most of the time that a call has, and the answer could be lost.
+#[test]
+fn of_a_names_addresses_those_of_ipv4_are_called_first() {
+    let authority = Authority::new();
+    let up = Upstream::tls(&authority, |_, conn| conn.respond(200, &[], b"fine"));
+    let Ok(silent) = TcpListener::bind(("::1", up.addr.port())) else {
+        return say("SKIPPED: no IPv6 here, or the port is taken");
+    };
+    silent
+        .set_nonblocking(true)
+        .expect("not to wait for a call");
+    let expired = up.login("claude", -10).claude();
+    let setup = Setup::new(&up).save("claude", &expired);
+    let hosts = setup.write("hosts", "::1 upstream.test\n127.0.0.1 upstream.test\n");
+    let Some(script) = setup::mounting(&hosts, "/etc/hosts") else {
+        return say("SKIPPED: only root has an /etc/hosts of its own");
+    };
+    let roots = setup.write("roots.pem", &authority.cert_pem);
+    let url = format!("https://upstream.test:{}", up.addr.port());
+    let setup = setup.provider(0, "token_url", format!("{url}/claude/token"));
+    let setup = setup.provider(0, "base_url", url);
+    let mux = setup.env("SSL_CERT_FILE", roots).shell(&script).start();
+    assert_eq!(mux.message().text(), "fine");
+    let called = silent.accept().map_err(|e| e.kind());
+    assert_eq!(called.unwrap_err(), io::ErrorKind::WouldBlock);
 }
 
 /// Ready is who can serve: not one whose token has ended and cannot be renewed for now.
