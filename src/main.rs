@@ -103,7 +103,7 @@ const PIECE_TIME: Duration = Duration::from_secs(30);
 /// How often a write is tried that has no room: Linux tells of room only once a third of the
 /// socket's buffer is free, megabytes maybe, for which a slow reader takes over `PIECE_TIME`.
 const RETRY_TIME: Duration = Duration::from_secs(1);
-/// How long what a client still sends is drained after its last answer, so that it can read it.
+/// How long, after its last answer, what a client still sends is drained, so that it reads that.
 const LINGER_TIME: Duration = Duration::from_secs(2);
 /// For tiny_http to hand out what it is sent at start.
 const PICKUP_TIME: Duration = Duration::from_secs(5);
@@ -257,10 +257,10 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
 
 // ─── gate ────────────────────────────────────────────────────────────────────────────────────
 // In: client connections, verdicts, signals. Out: exchanges for the workers, whose heads are
-// well-formed and have passed the handler's screening; to the client, only what is decided by the
-// head alone, or that no worker was free. It is one thread, shares `Proxy` with the workers, and
-// waits for all clients at once, never for one. No body passes but what is drained after a last
-// answer.
+// well-formed and have passed the handler's screening; to the client, only what needs no worker, or
+// that none was free. It is one thread, shares `Proxy` with the workers, and waits for all clients
+// at once, never for one. Of a body it keeps what came with the head, and drains what still comes
+// after a last answer.
 
 struct Gate {
     proxy: Arc<Proxy>,
@@ -341,7 +341,7 @@ impl Gate {
         let (mut stop_at, mut chores_at, mut warned) = (None, Instant::now(), false);
         while stop_at.is_none_or(|at| self.connection_count() > 0 && !left_until(at).is_zero()) {
             let can_accept = self.await_events(stop_at.map_or(chores_at, |at| chores_at.min(at)));
-            let is_due = |stream: &mut Stream| left_until(stream.due()).is_zero();
+            let is_due = |stream: &mut Stream| left_until(stream.due_at()).is_zero();
             let due: Vec<_> = self.connections.extract_if(.., is_due).collect();
             for stream in due {
                 // A panic would cost this connection, and no other.
@@ -410,7 +410,7 @@ impl Gate {
     /// Says whether a client can be accepted.
     fn await_events(&mut self, until: Instant) -> io::Result<bool> {
         let waiting = self.queue.first().map(|e| e.stream.socket.deadline);
-        let dues = self.connections.iter().map(Stream::due).chain(waiting);
+        let dues = self.connections.iter().map(Stream::due_at).chain(waiting);
         let time = left_until(dues.fold(until, Instant::min)).try_into().ok();
 
         let mut sources = vec![PollFd::new(&self.wakes, PollFlags::IN)];
@@ -450,8 +450,7 @@ impl Gate {
 
     /// Closes the connection that has been quiet longest, if there is one.
     fn make_room(&mut self) -> bool {
-        let quietest = self.connections.len().min(1);
-        self.connections.drain(..quietest).next().is_some()
+        self.connections.extract_if(.., |_| true).next().is_some()
     }
 
     /// Reads on what a client sends. A whole head begins an exchange.
@@ -461,7 +460,7 @@ impl Gate {
             Ok(Some(head)) => (head, Ok(())),
             Ok(None) => return self.connections.push(stream),
             Err(end) if end.status == 0 => return debug!("peer={peer} closed: {}", end.message),
-            Err(reply) => (Head::default(), Err(reply)), // which is not kept alive
+            Err(reply) => (Head::default(), Err(reply)), // such a head is not kept alive
         };
         let mut exchange = Exchange::new(stream, head, self.proxy.config.request_timeout);
         let screened = read.and_then(|()| self.proxy.screen(&mut exchange));
@@ -781,13 +780,12 @@ impl Proxy {
     fn serve(&self, ticket: tiny_http::Request) {
         let exchange = lock(&self.parked).pop_front();
         let handle = |exchange: &mut Exchange| {
-            let mut outcome = self.handle(exchange);
-            if let Err(end) = &mut outcome
-                && self.cut.load(Ordering::SeqCst)
-            {
-                end.message = "a stop of ai-mux cut it short; try again".into();
-            }
-            outcome
+            self.handle(exchange).map_err(|mut end| {
+                if self.cut.load(Ordering::SeqCst) {
+                    end.message = "a stop of ai-mux cut it short; try again".into();
+                }
+                end
+            })
         };
         let verdict = exchange.and_then(|e| fence(e, handle));
         lock(&self.verdicts).push(verdict);
@@ -846,7 +844,8 @@ struct Report {
 impl Exchange {
     fn new(stream: Stream, head: Head, timeout: Duration) -> Exchange {
         Exchange {
-            started: stream.socket.deadline - HEAD_TIME, // when its head's first byte came
+            // When its head's first byte came or, pipelined, the answer before it ended.
+            started: stream.socket.deadline - HEAD_TIME,
             stream,
             head,
             held: Cursor::default(),
@@ -1165,7 +1164,7 @@ impl Credential {
             let state = lock(&self.state);
             let retry = state.failure.as_ref().and_then(|(_, until)| *until);
             let retry = retry.map(left_until).filter(|time| !time.is_zero());
-            let time = retry.map_or(self.interval, |time| time.min(self.interval));
+            let time = retry.unwrap_or(self.interval).min(self.interval);
             let waited = self.wake_keeper.wait_timeout(state, time);
             woken = waited.is_ok_and(|(_, waited)| !waited.timed_out());
         }
@@ -1307,31 +1306,31 @@ impl Credential {
 
     /// Writes a new token into the file, unless that has another login; returns what it then has.
     fn write(&self, old: &Token, new: &Token) -> Result<Token, String> {
-        let (read, mut json, found) = self.read().map_err(|e| e.to_string())?;
+        let (before, mut json, found) = self.read().map_err(|e| e.to_string())?;
         // It may be in place already, if its folder could not be synced.
         let placed = found.refresh == new.refresh && found.access == new.access;
         if found.refresh == old.refresh && !placed {
             self.provider.edit(&mut json, new);
-            self.replace(&json.to_string(), Some(read))?;
+            self.replace(&json.to_string(), Some(before))?;
         }
         Ok(self.provider.token_in(&json).unwrap_or(found))
     }
 
     /// Replaces the file whole, through links: a new one is written beside it, synced, and renamed
-    /// over it if it still looks as it was `read`. Without `read`, all up to that is rehearsed.
-    fn replace(&self, text: &str, read: Option<Stamp>) -> Result<(), String> {
+    /// over it if it still looks as `before`. Without that, all up to there is rehearsed.
+    fn replace(&self, text: &str, before: Option<Stamp>) -> Result<(), String> {
         let name = self.path.display();
         let folder = self.folder();
         let failed =
             |e| format!("{name} cannot be replaced: {e}; {folder} must be writable, with room");
         let target = self.path.canonicalize().map_err(failed)?;
         // A rehearsal uses another name, so that its blanks can never be put in place.
-        let suffix = read.map_or("ai-mux-try", |_| "ai-mux-new");
+        let suffix = before.map_or("ai-mux-try", |_| "ai-mux-new");
         let new = PathBuf::from([target.as_os_str(), suffix.as_ref()].join(".".as_ref()));
         let _ = fs::remove_file(&new); // left behind by kill -9
         // A file that is mounted by itself cannot be linked to, nor replaced (link(2), EXDEV).
         let crosses = |e: io::Error| e.kind() == ErrorKind::CrossesDevices;
-        if read.is_none() && fs::hard_link(&target, &new).is_err_and(crosses) {
+        if before.is_none() && fs::hard_link(&target, &new).is_err_and(crosses) {
             return Err(format!("{name} is mounted by itself; mount its folder"));
         }
         let _ = fs::remove_file(&new);
@@ -1341,9 +1340,9 @@ impl Credential {
             let mut file = options.open(&new)?;
             file.write_all(text.as_bytes())?;
             file.sync_all()?;
-            match read {
+            match before {
                 None => return Ok(()),
-                read if stamp(&target) == read => fs::rename(&new, &target)?,
+                before if stamp(&target) == before => fs::rename(&new, &target)?,
                 _ => return Err(io::Error::other("another program has changed it")),
             }
             File::open(target.parent().unwrap_or(Path::new("/")))?.sync_all()
@@ -1536,7 +1535,7 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 // In: a checked request and a token. Out: the upstream's answer, head read and body not. The
 // header policy stands here: strip what is the client's own, set what is ours last.
 
-/// All that differs between the two vendors.
+/// What differs between the two vendors.
 struct Provider {
     name: &'static str,
     base_url: &'static str,
@@ -1971,7 +1970,7 @@ impl Write for Socket {
         self.step(PollFlags::OUT, || (&self.tcp).write(bytes))
     }
 
-    /// rustls hands over all its records at once; before it fails only once, with the alert last.
+    /// All of rustls's records at once: before it fails, it writes only once, the alert last.
     fn write_vectored(&mut self, records: &[IoSlice]) -> io::Result<usize> {
         self.step(PollFlags::OUT, || (&self.tcp).write_vectored(records))
     }
@@ -2047,7 +2046,7 @@ impl Stream {
     }
 
     /// When the gate looks at it even if its socket is silent.
-    fn due(&self) -> Instant {
+    fn due_at(&self) -> Instant {
         let now = self.must_read.then(Instant::now);
         now.unwrap_or(self.socket.deadline)
     }
@@ -2056,6 +2055,7 @@ impl Stream {
     fn next_head(&mut self) -> Result<Option<Head>, Reply> {
         self.must_read = false;
         for _ in 0..2 {
+            // Each phase has a time of its own, from its first byte.
             let phase = (self.is_handshaking(), self.allowance());
             if self.draining {
                 self.buffered.clear();
@@ -2301,7 +2301,7 @@ fn relay(answer: Answer, exchange: &mut Exchange, proxy: &Proxy) -> Outcome {
 }
 
 /// The answer's head, framed anew; and whether its body goes in chunks. HTTP/1.0 has none: there
-/// the end of the connection is the end of a body without a size.
+/// a body without a size ends with the connection, which is then not kept alive.
 fn answer_head(parts: &Parts, request: &mut Head) -> (Vec<u8>, bool) {
     let (headers, status) = (&parts.headers, parts.status);
     let bodyless = request.method == "HEAD" || matches!(status.as_u16(), 204 | 304);
@@ -2373,8 +2373,8 @@ impl Config {
             false => serde_yaml::from_str(text).map_err(unquoted),
         };
         let config = parsed.and_then(Config::from_yaml).map_err(line)?;
-        // `!secret x`, for others to look up, must not be taken for x: JSON's values have no tags.
-        // Only now, since the error names the field, which before could be anything.
+        // Tags are refused, as JSON's values have none: `!secret x`, for others to look up, is not
+        // x. Only now, since the error names the field, which before could be anything.
         if !json {
             serde_yaml::from_str::<Value>(text).map_err(|e| line(unquoted(e)))?;
         }
@@ -2461,7 +2461,7 @@ fn headers(found: Mapping) -> Result<HeaderMap, String> {
         let name = name.as_str().unwrap_or_default();
         let key = HeaderName::try_from(name).ok();
         let key = key.filter(|key| !is_reserved(key.as_str()) && !headers.contains_key(key));
-        let value = HeaderValue::from_str(value.as_str().unwrap_or("\n")).ok();
+        let value = value.as_str().and_then(|v| HeaderValue::from_str(v).ok());
         let value = value.filter(|v| v.to_str().is_ok() && name.len() + v.len() < LINE_SIZE);
         let Some((key, value)) = key.zip(value) else {
             let other = |c: char| !c.is_ascii_alphanumeric() && !"-_".contains(c);
@@ -2798,12 +2798,10 @@ fn start_log(level: LevelFilter) {
         let _ = writeln!(io::stderr(), "ERROR [ai_mux] panic at {place}");
     }));
     log::set_max_level(level);
-    // It names the journal's device and inode; what systemd starts indirectly inherits it, and may
-    // write elsewhere (systemd.exec(5)).
+    // JOURNAL_STREAM names the journal's device and inode; what systemd starts indirectly inherits
+    // it, and may write elsewhere (systemd.exec(5)).
     let place = fs::metadata("/dev/stderr").map(|meta| format!("{}:{}", meta.dev(), meta.ino()));
-    let timed = place
-        .ok()
-        .is_none_or(|place| std::env::var("JOURNAL_STREAM") != Ok(place));
+    let timed = place.is_err() || std::env::var("JOURNAL_STREAM").ok() != place.ok();
     let _ = log::set_boxed_logger(Box::new(Log { logger, timed })); // fails only if there is one
 }
 
