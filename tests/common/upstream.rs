@@ -225,6 +225,7 @@ impl Shared {
         let number = self.accepted.fetch_add(1, Ordering::SeqCst) + 1;
         let clone = socket.try_clone().expect("clone a socket");
         lock(&self.sockets).insert(number, clone);
+        let _watch = Watch(self, number);
         let wire = match authority {
             Some(authority) => authority.accept(socket),
             None => Ok(Wire::plain(socket)),
@@ -234,7 +235,6 @@ impl Shared {
             while conn.keep && matches!(self.exchange(&mut conn, number), Ok(true)) {}
             conn.wire.cut();
         }
-        lock(&self.sockets).remove(&number);
     }
 
     /// Reads one request and has it answered. False at the end of the connection.
@@ -263,7 +263,6 @@ impl Shared {
         } else {
             self.record(&request);
         }
-        let _watch = Watch(&self.failed);
         if request.is_refresh() {
             self.vendors.refresh(&request, conn)?;
         } else if self.vendors.knows(request.bearer()) {
@@ -363,10 +362,14 @@ fn head(status: u16, headers: &[(&str, &str)]) -> String {
     format!("HTTP/1.1 {status} Whatever\r\n{lines}\r\n")
 }
 
-struct Watch<'a>(&'a AtomicBool);
+/// Ends a connection, by a panic too: that is noted, and ai-mux is not left waiting on an open socket.
+struct Watch<'a>(&'a Shared, usize);
 
 impl Drop for Watch<'_> {
     fn drop(&mut self) {
-        self.0.fetch_or(thread::panicking(), Ordering::SeqCst);
+        self.0
+            .failed
+            .fetch_or(thread::panicking(), Ordering::SeqCst);
+        lock(&self.0.sockets).remove(&self.1);
     }
 }
