@@ -4,7 +4,7 @@ mod common;
 use common::*;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
@@ -46,15 +46,20 @@ fn replaced_whole_or_rewritten_in_place() {
     assert_eq!(up.refreshes().len(), 0);
 }
 
+/// Until it lay still for so long that, once looked at, it is not read again.
+fn wait_until_still(path: &Path) {
+    let changed = fs::metadata(path).expect("a file").ctime() as u64;
+    wait_until("it lies still", || login::now() > changed + 3);
+}
+
 /// One that lay still for a while is not read at each request; when it looks different, it is.
 #[test]
 fn replaced_after_it_lay_still_for_a_while() {
     let up = Upstream::plain();
     let mux = Mux::start(&up);
     let path = file(&mux);
-    let changed = || fs::metadata(&path).expect("a file").ctime() as u64;
     for in_place in [false, true] {
-        wait_until("it lay still", || login::now() > changed() + 3);
+        wait_until_still(&path);
         used(&up, &mux); // now it need not be read again
         let new = up.login("claude", 3600);
         match in_place {
@@ -458,13 +463,8 @@ fn gone_and_back_again() {
     symlink(&there, &link).expect("link a folder");
     fs::create_dir(&empty).expect("make a folder");
     fs::write(empty.join(".credentials.json"), "{}").expect("write a file");
-    let still = SystemTime::now() - Duration::from_secs(60);
     for folder in [&there, &empty] {
-        let file = fs::File::options()
-            .write(true)
-            .open(folder.join(".credentials.json"));
-        file.and_then(|file| file.set_modified(still))
-            .expect("set a time");
+        wait_until_still(&folder.join(".credentials.json"));
     }
     let lead_to = |folder| {
         fs::remove_file(&link).expect("remove a link");
