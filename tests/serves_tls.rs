@@ -105,6 +105,7 @@ fn a_renewed_pair_is_used_and_a_broken_one_is_not() {
     let mux = Setup::new(&up).tls(&first).start();
     let put =
         |name: &str, text: &str| fs::write(mux.folder.0.join(name), text).expect("write a file");
+    let rested = mux.footprint().threads;
     let mut kept = Client::tls(mux.addr, &first);
     assert_eq!(
         kept.request("POST", MESSAGES, &[BEARER], b"{}")
@@ -116,6 +117,7 @@ fn a_renewed_pair_is_used_and_a_broken_one_is_not() {
     put("cert.pem", &second.cert_pem);
     put("key.pem", &second.key_pem);
     wait_until_shown(&mux, &second);
+    mux.wait_log("cert.pem is in use");
     assert!(!shows(&mux, &first));
     let old = kept.request("POST", MESSAGES, &[BEARER], b"{}").answer();
     assert_eq!(old.status, 200, "an open connection lives on");
@@ -130,6 +132,14 @@ fn a_renewed_pair_is_used_and_a_broken_one_is_not() {
         mux.wait_log_times("cert.pem", said + 1);
         assert!(shows(&mux, &second), "broken pair {number}");
     }
+    // One that stays is told once, although it is looked at each time that idle workers are ended.
+    let said = mux.log_lines("cert.pem").len();
+    for _ in 0..2 {
+        kept.request("POST", MESSAGES, &[BEARER], b"{}").answer();
+        let ended = || mux.footprint().threads <= rested;
+        wait_until("idle workers are ended", ended);
+    }
+    assert_eq!(mux.log_lines("cert.pem").len(), said);
     put("key.pem", &third.key_pem);
     wait_until_shown(&mux, &third);
 }
