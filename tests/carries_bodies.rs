@@ -2,6 +2,7 @@
 
 mod common;
 use common::*;
+use std::time::Instant;
 
 const MIB: usize = 1 << 20;
 
@@ -135,23 +136,12 @@ fn a_large_body_streams_up_and_is_not_kept() {
         }
         assert_eq!(client.answer().text(), size);
     }
-    let peak = peak_memory(&mux);
+    let peak = mux.peak_memory();
     assert!(
         peak < 40 * MIB,
         "{} MiB to carry two bodies of 60 MiB",
         peak / MIB
     );
-}
-
-/// The most memory that the process ever had resident, in bytes.
-fn peak_memory(mux: &Mux) -> usize {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", mux.pid())).expect("a status");
-    let line = status
-        .lines()
-        .find(|line| line.starts_with("VmHWM"))
-        .expect("a peak");
-    let number = line.split_whitespace().nth(1).expect("a number");
-    number.parse::<usize>().expect("a number") * 1024
 }
 
 #[test]
@@ -257,6 +247,13 @@ fn pipelined_requests_are_answered_in_order() {
             .text(),
         "third"
     );
+    // Each is begun when the one before has ended, not when its time for a head is over.
+    client.send(one("again").repeat(8));
+    let end = Instant::now() + PATIENCE;
+    for _ in 0..8 {
+        assert_eq!(client.answer().text(), "again");
+        assert!(Instant::now() < end, "they are waited for");
+    }
 }
 
 #[test]

@@ -151,6 +151,7 @@ fn a_refused_client_with_a_large_body_hears_why() {
         assert_eq!(answer.status, 401);
         assert!(client.closed());
     });
+    assert!(mux.peak_memory() < 32 << 20, "what it drains is not kept");
 }
 
 #[test]

@@ -161,6 +161,24 @@ fn a_pair_that_cannot_be_read_for_a_moment() {
     assert_eq!(mux.log_lines("the old certificate").len(), 1);
 }
 
+/// Of what TLS has taken in, the socket does not tell any more.
+#[test]
+fn a_head_and_a_body_that_fill_several_records() {
+    let authority = Authority::new();
+    let up = Upstream::start(|req, conn| conn.respond(200, &[], &req.body));
+    let mux = Setup::new(&up).tls(&authority).start();
+    let (long, body) = ("x".repeat(4000), "x".repeat(100_000));
+    let fields = ["x-a", "x-b", "x-c", "x-d", "x-e", "x-f", "x-g"];
+    let mut headers = vec![BEARER];
+    headers.extend(fields.map(|name| (name, long.as_str())));
+    let mut client = Client::tls(mux.addr, &authority);
+    for _ in 0..3 {
+        client.request("POST", MESSAGES, &headers, body.as_bytes());
+        let answer = client.answer();
+        assert_eq!((answer.status, answer.text() == body), (200, true));
+    }
+}
+
 #[test]
 fn a_client_that_speaks_no_tls_harms_nobody() {
     let authority = Authority::new();

@@ -19,19 +19,25 @@ pub struct Footprint {
 
 impl Mux {
     pub fn footprint(&self) -> Footprint {
-        let folder = format!("/proc/{}", self.pid());
-        let status = fs::read_to_string(format!("{folder}/status")).expect("its status");
-        let number = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name));
-            let word = line.and_then(|line| line.split_whitespace().next());
-            word.and_then(|word| word.parse().ok()).expect("a number")
-        };
-        let descriptors = fs::read_dir(format!("{folder}/fd")).expect("its descriptors");
+        let descriptors = fs::read_dir(format!("/proc/{}/fd", self.pid()));
         Footprint {
-            descriptors: descriptors.count(),
-            threads: number("Threads:"),
-            resident: number("VmRSS:"),
+            descriptors: descriptors.expect("its descriptors").count(),
+            threads: self.status("Threads:"),
+            resident: self.status("VmRSS:"),
         }
+    }
+
+    /// The most memory that it ever had resident, in bytes.
+    pub fn peak_memory(&self) -> usize {
+        self.status("VmHWM:") << 10
+    }
+
+    fn status(&self, name: &str) -> usize {
+        let path = format!("/proc/{}/status", self.pid());
+        let status = fs::read_to_string(path).expect("its status");
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        let word = line.and_then(|line| line.split_whitespace().next());
+        word.and_then(|word| word.parse().ok()).expect("a number")
     }
 
     /// What it holds once a worker has been used; call it before the trouble.
