@@ -181,7 +181,7 @@ fn when_a_file_is_malformed() {
 fn one_line_for_each_request() {
     let up = Upstream::start(|req, conn| match req.head.get("x-way") {
         Some("limited") => conn.respond(429, &[("request-id", "req_011ABC")], b"slow down"),
-        Some("codex") => conn.respond(500, &[("x-request-id", "0f-1e")], b"oh"),
+        Some("codex") => conn.respond(400, &[("x-request-id", "0f-1e")], b"oh"),
         Some("cut") => {
             conn.stream(&[])?;
             conn.chunk("12345")?;
@@ -236,7 +236,7 @@ fn one_line_for_each_request() {
     let codex = line(RESPONSES, &[BEARER, ("x-way", "codex")]);
     has(
         &codex,
-        &["provider=chatgpt", "status=500", "request-id=0f-1e"],
+        &["provider=chatgpt", "status=400", "request-id=0f-1e"],
     );
     let cut = line(MESSAGES, &[BEARER, ("x-way", "cut")]);
     has(&cut, &["status=200", "bytes=5"]);

@@ -173,6 +173,8 @@ fn health_needs_no_token() {
             "{method} {target}"
         );
     }
+    mux.wait_log_times("status=200", 6);
+    assert!(mux.log_lines("ended=").is_empty(), "nothing went wrong");
     for (method, target) in [
         ("GET", "/"),
         ("GET", "/claude"),
