@@ -127,7 +127,10 @@ fn a_token_file_is_read_and_trimmed() {
     let file = setup.write("bob.token", format!("\n  {BOB}\t\r\n\n"));
     up.secret(BOB);
     let mux = setup
-        .set("users", json!([{"name": "bob", "token_file": file}]))
+        .set(
+            "users",
+            json!([{"name": "bob", "token": null, "token_file": file}]),
+        )
         .start();
     let ask = |token| {
         mux.client()

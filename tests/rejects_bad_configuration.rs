@@ -148,8 +148,8 @@ const TABLE: &[(&str, &[&str])] = &[
         &["users", "token"],
     ),
     (
-        "users: [{name: alice, token: Sk4rTz9wQp2mVx7n, token_file: /x}]",
-        &["users", "token_file"],
+        "users: [{name: alice, token: Sk4rTz9wQp2mVx7n, token_file: /dev/null}]",
+        &["users", "alice", "token_file", "not both"],
     ),
     (
         "users: [{name: alice, token: !secret Sk4rTz9wQp2mVx7n}]",
