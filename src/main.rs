@@ -2801,7 +2801,7 @@ fn start_log(level: LevelFilter) {
     // JOURNAL_STREAM names the journal's device and inode; what systemd starts indirectly inherits
     // it, and may write elsewhere (systemd.exec(5)).
     let place = fs::metadata("/dev/stderr").map(|meta| format!("{}:{}", meta.dev(), meta.ino()));
-    let timed = place.is_err() || std::env::var("JOURNAL_STREAM").ok() != place.ok();
+    let timed = place.ok() != Some(std::env::var("JOURNAL_STREAM").unwrap_or_default());
     let _ = log::set_boxed_logger(Box::new(Log { logger, timed })); // fails only if there is one
 }
 

@@ -292,6 +292,7 @@ fn what_was_found_in_a_secret_field_is_not_shown() {
         "providers: [{name: claude, headers: {x-a:Pw5xKt: 1}}]".to_owned(),
         "users: [{name: alice, token: !!int Pw5xKtRb8zHnVc3mXd}]".to_owned(),
         "users: {Pw5xKtRb8zHnVc3mXd: a, Pw5xKtRb8zHnVc3mXd: b}".to_owned(),
+        "users: {a_pw_secret_token: a, a_pw_secret_token: b}".to_owned(),
         "users: [{name: alice, token: !!int pw_secret_token}]".to_owned(),
         "users: [{name: {token: Pw5xKtRb8zHnVc3mXd}}]".to_owned(),
         "listen: {users: [{name: alice, token: Pw5xKtRb8zHnVc3mXd}]}".to_owned(),
