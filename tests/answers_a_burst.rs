@@ -118,6 +118,35 @@ fn a_request_waits_for_a_worker() {
     assert_eq!(second.answer().text(), "fine");
 }
 
+/// The most that are kept: a second burst of that size connects to upstream no more.
+#[test]
+fn connections_to_upstream_that_a_burst_needed_are_kept() {
+    const KEPT: usize = 32;
+    let go = Steps::default();
+    let held = go.clone();
+    let up = Upstream::start(move |req, conn| {
+        let round = req.head.get("x-round").map(str::parse);
+        held.wait(round.expect("a round").expect("a number"));
+        conn.respond(200, &[], b"fine")
+    });
+    let mux = Mux::start(&up);
+    let mut clients: Vec<_> = (0..KEPT).map(|_| mux.client()).collect();
+    for round in 1..=2 {
+        for client in &mut clients {
+            let headers = [BEARER, ("x-round", &round.to_string())];
+            client.request("POST", MESSAGES, &headers, b"{}");
+        }
+        up.wait(round * KEPT, |_| true);
+        go.advance();
+        for client in &mut clients {
+            assert_eq!(client.answer().text(), "fine");
+        }
+        // Its line comes once a request is done with its connection.
+        mux.wait_log_times("status=200", round * KEPT);
+    }
+    assert_eq!(up.connections(), KEPT);
+}
+
 /// A stack that has grown keeps its pages for as long as its thread lives.
 #[test]
 fn workers_that_a_burst_needed_end_after_it() {

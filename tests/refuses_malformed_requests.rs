@@ -43,7 +43,8 @@ fn assert_kept_out(up: &Upstream, mux: &Mux, before: Footprint) {
 }
 
 /// The request line, RFC 9112 sections 2 and 3.
-const LINES: [&str; 43] = [
+const LINES: [&str; 44] = [
+    "\r\n\r\nGET /claude/v1/models HTTP/1.1",
     "GET",
     "GET /claude/v1/models",
     "GET  /claude/v1/models HTTP/1.1",

@@ -186,6 +186,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ("request_timeout: 1M", &["request_timeout", "1M"]),
     ("request_timeout: 2 days", &["request_timeout"]),
     ("request_timeout: 1month", &["request_timeout", "1month"]),
+    ("request_timeout: 9000h", &["request_timeout", "9000h"]),
     ("stream_idle_timeout: [1]", &["stream_idle_timeout"]),
     ("stream_idle_timeout: 0s", &["stream_idle_timeout"]),
     (
