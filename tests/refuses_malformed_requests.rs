@@ -187,13 +187,15 @@ fn a_head_without_host_or_with_one_that_is_none() {
 }
 
 /// Lengths, RFC 9112 section 6, and what they may not stand beside: section 11.2.
-const LENGTHS: [&str; 28] = [
+const LENGTHS: [&str; 30] = [
     "content-length: -1",
     "content-length: +1",
     "content-length: 1.0",
     "content-length: 0x1",
     "content-length: 1e3",
     "content-length: one",
+    "content-length: chunked\r\n\r\n0",
+    "transfer-encoding: 1",
     "content-length:",
     "content-length: 1 1",
     "content-length: 1,1",

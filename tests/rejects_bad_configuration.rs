@@ -134,6 +134,10 @@ const TABLE: &[(&str, &[&str])] = &[
         "users: [{name: '-', token: Sk4rTz9wQp2mVx7n}]",
         &["users", "name"],
     ),
+    (
+        "users: [{name: \"a\\nb\", token: Sk4rTz9wQp2mVx7n}]",
+        &["users", "name"],
+    ),
     ("users: [{token: Sk4rTz9wQp2mVx7n}]", &["users", "name"]),
     (
         "users: [{name: alice, tokn: Sk4rTz9wQp2mVx7n}]",

@@ -78,9 +78,11 @@ fn over_tls_it_ends_without_a_farewell() {
     let authority = Authority::new();
     let up = Upstream::start(fail);
     let mux = Setup::new(&up).tls(&authority).start();
-    for way in CUT {
+    let cut = |way| [(way, "keep-alive"), (way, "close")];
+    for (way, connection) in CUT.into_iter().flat_map(cut) {
         let mut client = Client::tls(mux.addr, &authority);
-        client.request("POST", MESSAGES, &[BEARER, ("x-way", way)], b"{}");
+        let headers = [BEARER, ("x-way", way), ("connection", connection)];
+        client.request("POST", MESSAGES, &headers, b"{}");
         client.head();
         let end = loop {
             match client.wire.some() {
@@ -89,7 +91,11 @@ fn over_tls_it_ends_without_a_farewell() {
                 Err(e) => break Err(e.kind()),
             }
         };
-        assert_eq!(end, Err(io::ErrorKind::UnexpectedEof), "{way}");
+        assert_eq!(
+            end,
+            Err(io::ErrorKind::UnexpectedEof),
+            "{way}, {connection}"
+        );
     }
 }
 

@@ -3,6 +3,7 @@
 mod common;
 use common::*;
 use rustix::net::sockopt;
+use std::io::Write;
 use std::net::TcpStream;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -31,6 +32,12 @@ fn a_running_stream_is_finished_and_idle_connections_are_closed() {
         let mut silent = mux.client();
         mux.signal(signal);
         assert!(idle.closed() && silent.closed());
+        for client in [idle, silent] {
+            // For good: what they still send is not waited for.
+            let mut socket = client.wire.socket();
+            let _ = socket.write_all(b"x");
+            assert!(socket.write_all(b"x").is_err(), "it is still open");
+        }
         assert!(TcpStream::connect(mux.addr).is_err(), "it still accepts");
         // Time enough for a program that waits for nobody to be gone.
         thread::sleep(Duration::from_millis(500));
@@ -38,6 +45,7 @@ fn a_running_stream_is_finished_and_idle_connections_are_closed() {
         assert_eq!(client.text(), "two");
         assert_eq!(client.piece().expect("a proper end"), None);
         assert_eq!(mux.wait_exit(), 0);
+        assert!(mux.log_lines("cut short").is_empty(), "nothing was");
     }
 }
 
@@ -62,6 +70,7 @@ fn a_stream_that_takes_too_long_is_broken_off() {
     assert_eq!((answer.status, up.requests().len()), (503, 1));
     assert!(answer.error().contains("worker"));
     assert_eq!(mux.log_lines("status=503").len(), 1);
+    assert_eq!(mux.log_lines("1 requests are still running").len(), 1);
     go.advance();
 }
 

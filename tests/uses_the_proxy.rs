@@ -226,8 +226,11 @@ fn a_name_that_is_known_needs_no_name_server_for_socks() {
 
 #[test]
 fn a_proxy_of_the_environment() {
-    for name in ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"] {
+    let names = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"];
+    for name in names {
         let (far, _near, proxy, setup) = far_away("upstream.test");
+        // One that is empty is none.
+        let setup = names.iter().fold(setup, |setup, name| setup.env(name, ""));
         let mux = setup.env(name, format!("http://{}", proxy.addr)).start();
         assert_proxied(&far, &proxy, &mux, "CONNECT upstream.test:443");
     }
