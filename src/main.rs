@@ -101,7 +101,7 @@ const BODY_RATE: u32 = 1 << 10;
 const PIECE_SIZE: usize = 16 << 10;
 const PIECE_TIME: Duration = Duration::from_secs(30);
 /// How often a write is tried that has no room: Linux tells of room only once a third of the
-/// socket's buffer is free, megabytes maybe, for which a slow reader takes over `PIECE_TIME`.
+/// socket's buffer is free, megabytes maybe, which takes a slow reader longer than `PIECE_TIME`.
 const RETRY_TIME: Duration = Duration::from_secs(1);
 /// How long, after its last answer, what a client still sends is drained, so that it reads that.
 const LINGER_TIME: Duration = Duration::from_secs(2);
@@ -347,6 +347,11 @@ impl Gate {
                 // A panic would cost this connection, and no other.
                 let _ = catch_unwind(AssertUnwindSafe(|| self.read_on(stream)));
             }
+            if stop_at.is_none() && self.stopping.load(Ordering::SeqCst) {
+                info!("stopping; running requests and refreshes may end first");
+                (self.listener, stop_at) = (None, Some(Instant::now() + STOP_TIME));
+                self.connections.retain(|s| s.draining);
+            }
             let verdicts = std::mem::take(&mut *lock(&self.proxy.verdicts));
             self.busy -= verdicts.len();
             self.connections.extend(verdicts.into_iter().flatten());
@@ -366,15 +371,9 @@ impl Gate {
                 self.running = self.busy;
                 self.tls.iter_mut().for_each(Tls::renew);
             }
-            if self.stopping.load(Ordering::SeqCst) {
-                if self.listener.take().is_some() {
-                    info!("stopping; running requests and refreshes may end first");
-                    stop_at = Some(Instant::now() + STOP_TIME);
-                    self.connections.retain(|s| s.draining);
-                }
-                for stream in self.connections.iter_mut().filter(|s| !s.draining) {
-                    stream.half_close();
-                }
+            if stop_at.is_some() {
+                let open = self.connections.iter_mut().filter(|s| !s.draining);
+                open.for_each(Stream::half_close);
             }
         }
         self.cut_short();
@@ -767,8 +766,7 @@ fn start_server(state_dir: &Path) -> io::Result<(Arc<tiny_http::Server>, UnixStr
         Ok::<_, io::Error>((server?, inner?))
     };
     let temporary = std::env::temp_dir().join(format!("ai-mux-{}", std::process::id()));
-    let met = meet(state_dir.join("inner")).or_else(|_| meet(temporary));
-    let (server, mut inner) = met?;
+    let (server, mut inner) = meet(state_dir.join("inner")).or_else(|_| meet(temporary))?;
     inner.write_all(TICKET)?;
     let ticket = server.recv_timeout(PICKUP_TIME)?;
     drop(ticket.ok_or(ErrorKind::TimedOut)?.into_writer());
@@ -895,7 +893,7 @@ impl Proxy {
             let text = text.to_ascii_lowercase(); // as the names of headers are
             let holds = |user: &User| {
                 let token = user.token.expose().to_ascii_lowercase();
-                // No more of it is shown. In constant time: whoever asks is not known yet.
+                // As far as it can be shown; in constant time, as whoever asks is not known yet.
                 let mut parts = text.windows(token.len()).take(TEXT_SHOWN);
                 parts.any(|part| part.ct_eq(token.as_bytes()).into())
             };
@@ -964,9 +962,8 @@ impl Proxy {
         let found: Vec<_> = self.config.users.iter().filter(same).collect(); // no early end
         // Claude Code (2.1.332) shows "Not logged in" in place of any error that names x-api-key.
         let wrong = "wrong or no token for ai-mux, or two of them; send one, as bearer or API key";
-        let unauthorized = || Reply::new(401, wrong);
-        let user = found.first().filter(|_| agreed).ok_or_else(unauthorized)?;
-        Ok(&user.name)
+        let user = found.first().filter(|_| agreed).map(|user| &*user.name);
+        user.ok_or_else(|| Reply::new(401, wrong))
     }
 
     /// The upstream for a target, and the URL there. Nothing is decoded, and no segment is
@@ -1012,7 +1009,7 @@ fn bearer_in(value: &HeaderValue) -> &[u8] {
 // read the file; to refresh or write it, a worker, the provider's keeper, or main at the end, waits
 // its turn.
 // What cannot happen: two refreshes at once, a new token used before a save was tried, a file half
-// written, a log-out undone.
+// written, a log-out that was seen undone.
 
 struct Credential {
     provider: &'static Provider,
@@ -1040,14 +1037,15 @@ struct State {
     last: Option<(Token, Token, SystemTime)>,
     /// Whether what it brought is still to be written to disk.
     unsaved: bool,
-    /// The last wait after a failed refresh.
+    /// The last wait after a failed refresh or save.
     backoff: Duration,
     failure: Option<Outage>,
     /// No refresh begins any more.
     stopping: bool,
 }
 
-/// Why there is no new token, and when to try again: `None` is when the file changes.
+/// Why there is no new token, or none on disk, and when to try again: `None` is when the file
+/// changes.
 type Outage = (String, Option<Instant>);
 
 /// Why a refresh brought nothing, and the least wait: `None` is until the file changes.
@@ -1352,7 +1350,8 @@ impl Credential {
         done.map_err(failed)
     }
 
-    /// Notes a failure: for `least` or the back-off, if that is longer; or until the file changes.
+    /// Notes a failure: for the back-off, or `least` if that is longer; with `None`, until the file
+    /// changes.
     fn fail(&self, state: &mut State, why: String, least: Option<Duration>) {
         let (name, remedy) = (self.provider.name, self.remedy());
         let Some(least) = least else {
@@ -1386,7 +1385,7 @@ impl Credential {
         };
         match self.read() {
             Ok((stamp, _, token)) => {
-                // Its mtime can be set back, or ahead.
+                // By its ctime: an mtime can be set back, or ahead.
                 state.settled = stamp.1.elapsed().is_ok_and(|age| age > SETTLE_TIME);
                 // A change of the file is worth another try, but not one of its mode.
                 let content = |(file, _, modified): Stamp| (file, modified);
@@ -1403,7 +1402,8 @@ impl Credential {
     }
 
     /// Takes what the file holds, a login or why there is none, unless that is no news: what is in
-    /// use, or, while our new login is unsaved, either that one or the one spent for it.
+    /// use, or, while our new login is unsaved, that one or the one spent for it. Over a spent one
+    /// that is back, ours is to be saved.
     fn adopt(&self, state: &mut State, found: Result<Token, String>) {
         let (name, refresh) = (self.provider.name, found.as_ref().ok().map(|t| &t.refresh));
         if let Some((old, new, _)) = state.last.clone()
@@ -1792,7 +1792,6 @@ fn agent_config(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentCo
         .http_status_as_error(false)
         .max_redirects(0)
         .accept("")
-        .accept_encoding("")
         .user_agent("")
         .allow_non_standard_methods(true)
         .input_buffer_size(UPSTREAM_INPUT)
@@ -1970,7 +1969,8 @@ impl Write for Socket {
         self.step(PollFlags::OUT, || (&self.tcp).write(bytes))
     }
 
-    /// All of rustls's records at once: before it fails, it writes only once, the alert last.
+    /// All of rustls's records at once: once it fails, it writes only one time, and the last record
+    /// is the alert.
     fn write_vectored(&mut self, records: &[IoSlice]) -> io::Result<usize> {
         self.step(PollFlags::OUT, || (&self.tcp).write_vectored(records))
     }
@@ -2139,8 +2139,7 @@ impl Exchange {
     }
 
     fn read_body(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let open = !self.head.body.is_done();
-        if std::mem::take(&mut self.head.expect) && open {
+        if std::mem::take(&mut self.head.expect) && !self.head.body.is_done() {
             self.stream.write_piece(b"HTTP/1.1 100 Continue\r\n\r\n")?;
         }
         let began = Instant::now();
@@ -2148,9 +2147,6 @@ impl Exchange {
         let count = self.head.body.read(&mut self.stream, out)?;
         let earned = Duration::from_secs(count as u64) / BODY_RATE;
         self.patience = (self.patience + earned).saturating_sub(began.elapsed());
-        if open {
-            WAIT_END.set(Instant::now() + self.timeout); // it counts from the body's end
-        }
         Ok(count)
     }
 }
@@ -2158,10 +2154,15 @@ impl Exchange {
 /// The body, decoded: what is held of it first. Every error leaves a `body_error`.
 impl Read for Exchange {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        if let count @ 1.. = self.held.read(out)? {
-            return Ok(count);
+        let open = !self.head.body.is_done();
+        let read = match self.held.read(out)? {
+            0 => self.read_body(out),
+            count => Ok(count),
+        };
+        if open {
+            WAIT_END.set(Instant::now() + self.timeout); // it counts from the body's end
         }
-        let error = match self.read_body(out) {
+        let error = match read {
             Ok(_) if self.head.body.received > BODY_SIZE => body_too_large(),
             Ok(count) => return Ok(count),
             Err(e) => match e.kind() {
@@ -2281,7 +2282,7 @@ fn relay(answer: Answer, exchange: &mut Exchange, proxy: &Proxy) -> Outcome {
     loop {
         WAIT_END.set(Instant::now() + proxy.config.stream_idle_timeout);
         let count = reader.read(&mut piece).map_err(broke)?;
-        if count == 0 && proxy.cut.load(Ordering::SeqCst) {
+        if proxy.cut.load(Ordering::SeqCst) {
             return Err(broken("a stop"));
         }
         let size = format!("{count:x}\r\n");
@@ -2817,8 +2818,7 @@ mod secret {
     impl Secret {
         pub fn new(text: &str) -> Option<Secret> {
             let plain = text.bytes().all(|b| matches!(b, b' '..=b'~'));
-            let fine = !text.is_empty() && text.trim() == text && plain;
-            fine.then(|| Secret(text.into()))
+            (plain && !text.is_empty()).then(|| Secret(text.into()))
         }
 
         pub fn expose(&self) -> &str {

@@ -2,7 +2,8 @@
 
 mod common;
 use common::*;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 const MIB: usize = 1 << 20;
 
@@ -223,6 +224,10 @@ fn a_client_that_expects_100_gets_it_before_its_body() {
             (&b"abcde"[..], None)
         );
     }
+    // There is none to wait for.
+    let headers = [BEARER, ("content-length", "0"), ("expect", "100-continue")];
+    client.start("POST", MESSAGES, &headers);
+    assert_eq!(client.head().word(1), "200");
 }
 
 #[test]
@@ -348,7 +353,25 @@ fn an_upload_may_take_longer_than_the_request_timeout() {
     client.start("POST", MESSAGES, &[BEARER, length]);
     for _ in 0..5 {
         client.send(vec![b'x'; 500_000]);
-        std::thread::sleep(std::time::Duration::from_millis(400));
+        thread::sleep(Duration::from_millis(400));
     }
     assert_eq!(client.answer().text(), "2500000");
+}
+
+/// The same where it is upstream that takes it slowly, also for the part that is held in memory.
+#[test]
+fn a_slow_way_to_upstream_does_not_cut_it() {
+    let options = "-o /dev/null -e trace=sendto -e inject=sendto:delay_enter=15000";
+    let Some(script) = setup::under_strace(options) else {
+        return say("SKIPPED: needs strace");
+    };
+    let up =
+        Upstream::start(|req, conn| conn.respond(200, &[], req.body.len().to_string().as_bytes()));
+    let setup = Setup::new(&up).set("request_timeout", "1s");
+    let mux = setup.shell(&script).start();
+    let mut client = mux.client();
+    let framing = ("transfer-encoding", "chunked");
+    client.start("POST", MESSAGES, &[BEARER, framing]);
+    client.chunk(&[b'x'; 3 * MIB / 2]).finish();
+    assert_eq!(client.answer().text(), (3 * MIB / 2).to_string());
 }
