@@ -670,7 +670,7 @@ impl Head {
         }
         let field = |field: &httparse::Header| {
             let name = HeaderName::try_from(field.name).ok();
-            name.zip(HeaderValue::from_bytes(field.value.trim_ascii()).ok())
+            name.zip(HeaderValue::from_bytes(field.value).ok())
         };
         let fields: Option<HeaderMap> = request.headers.iter().map(field).collect();
         let fields = fields.ok_or_else(|| malformed("a header's name or value is not valid"))?;

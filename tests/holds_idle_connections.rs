@@ -4,6 +4,8 @@
 mod common;
 use common::*;
 use std::net::TcpStream;
+use std::thread;
+use std::time::Duration;
 
 fn ask(client: &mut Client) -> Answer {
     client.request("POST", MESSAGES, &[BEARER], b"{}").answer()
@@ -27,6 +29,31 @@ fn two_thousand_idle_connections_keep_nobody_out() {
     assert!(full.resident < before.resident + (16 << 10), "{full:?}");
     drop(idle);
     mux.assert_recovered(before, 4);
+}
+
+/// Whatever it waits for: heads, a worker, an event.
+#[test]
+fn what_waits_uses_no_processor() {
+    let (up, go) = two_events();
+    let mux = Setup::new(&up).set("workers", 1).start();
+    let (mut idle, mut half, mut running, mut queued) =
+        (mux.client(), mux.client(), mux.client(), mux.client());
+    assert_eq!(ask(&mut idle).status, 200);
+    half.send("GET / HT");
+    running.request("POST", MESSAGES, &[BEARER, ("x-held", "1")], b"{}");
+    running.head();
+    assert_eq!(running.text(), "one");
+    queued.request("POST", MESSAGES, &[BEARER], b"{}");
+    let used = mux.processor_time();
+    thread::sleep(Duration::from_secs(2));
+    let used = mux.processor_time() - used;
+    assert!(
+        used < 50,
+        "{used} hundredths of a second out of two seconds"
+    );
+    go.advance();
+    assert_eq!(running.text(), "two");
+    assert_eq!(queued.answer().text(), "fine");
 }
 
 /// The limit of 128 descriptors carries 4 workers and 84 connections.

@@ -28,6 +28,15 @@ fn four_hundred_connections_against_128_descriptors() {
     mux.assert_recovered(before, 16);
 }
 
+/// The limit that holds at first is only what a process has by default.
+#[test]
+fn a_limit_that_may_be_raised_is() {
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).shell("ulimit -Sn 64; exec \"$@\"").start();
+    assert!(mux.log_lines("raise the limit").is_empty(), "nobody need");
+    assert_eq!(mux.message().text(), "fine");
+}
+
 #[test]
 fn four_hundred_clients_that_ask_are_all_answered() {
     need_descriptors(4096);

@@ -133,15 +133,20 @@ fn a_renewed_pair_is_used_and_a_broken_one_is_not() {
         assert!(shows(&mux, &second), "broken pair {number}");
     }
     // One that stays is told once, although it is looked at each time that idle workers are ended.
+    let mut wait_for_chores = || {
+        for _ in 0..2 {
+            kept.request("POST", MESSAGES, &[BEARER], b"{}").answer();
+            let ended = || mux.footprint().threads <= rested;
+            wait_until("idle workers are ended", ended);
+        }
+    };
     let said = mux.log_lines("cert.pem").len();
-    for _ in 0..2 {
-        kept.request("POST", MESSAGES, &[BEARER], b"{}").answer();
-        let ended = || mux.footprint().threads <= rested;
-        wait_until("idle workers are ended", ended);
-    }
+    wait_for_chores();
     assert_eq!(mux.log_lines("cert.pem").len(), said);
     put("key.pem", &third.key_pem);
     wait_until_shown(&mux, &third);
+    wait_for_chores();
+    assert_eq!(mux.log_lines("cert.pem is in use").len(), 2);
 }
 
 /// It is tried again, and told once.

@@ -32,6 +32,16 @@ impl Mux {
         self.status("VmHWM:") << 10
     }
 
+    /// What it has used of a processor so far, in hundredths of a second (proc_pid_stat(5)).
+    pub fn processor_time(&self) -> u64 {
+        let path = format!("/proc/{}/stat", self.pid());
+        let stat = fs::read_to_string(path).expect("its state");
+        let (_, numbers) = stat.rsplit_once(") ").expect("a name in brackets");
+        let used = numbers.split(' ').skip(11).take(2);
+        used.map(|ticks| ticks.parse::<u64>().expect("a number"))
+            .sum()
+    }
+
     fn status(&self, name: &str) -> usize {
         let path = format!("/proc/{}/status", self.pid());
         let status = fs::read_to_string(path).expect("its status");
