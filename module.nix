@@ -244,7 +244,7 @@ in
             default = [ ];
             description = "Prefer {option}`services.ai-mux.users`, which keeps the tokens out of the store.";
           };
-          request_timeout = unset duration "From the end of a request to the head of the upstream's response.";
+          request_timeout = unset duration "Longest wait for a free worker, and from a request's end to its answer's head.";
           stream_idle_timeout = unset duration "The longest silence inside a response.";
           refresh_check_interval = unset duration "How often the logins are looked at; at least a second.";
           workers = unset (types.ints.between 1 65535) "Requests served at once.";
