@@ -2565,13 +2565,13 @@ const ADDRESS: Kind<(String, u16)> = ("\":PORT\" or \"HOST:PORT\"", |value| {
 });
 
 const FOLDER: Kind<PathBuf> = ("a path, or ~/PATH where there is a home", |value| {
-    let path = value.as_str().filter(|path| !path.is_empty())?;
+    let path = value.as_str()?;
     let path = match Path::new(path).strip_prefix("~") {
         Ok(rest) => std::env::home_dir()?.join(rest),
         Err(_) if path.starts_with('~') => return None, // nobody else's home
         Err(_) => path.into(),
     };
-    std::path::absolute(path).ok() // it is told to people who are elsewhere
+    std::path::absolute(path).ok() // not for ""; and it is told to people who are elsewhere
 });
 
 const LEVEL: Kind<LevelFilter> = ("debug, info, warn or error", |value| {

@@ -151,6 +151,19 @@ fn no_redirect_is_followed() {
     assert_eq!(up.requests().len(), 5);
 }
 
+/// By its own word, not by upstream's.
+#[test]
+fn a_connection_that_ends_says_so() {
+    let up = Upstream::start(|_, conn| conn.respond(200, &[("connection", "close")], b"fine"));
+    let mux = Mux::start(&up);
+    let mut client = mux.client();
+    let mut ask = |headers: &[_]| client.request("POST", MESSAGES, headers, b"{}").answer();
+    assert_eq!(ask(&[BEARER]).header("connection"), None);
+    let last = ask(&[BEARER, ("connection", "close")]);
+    assert_eq!(last.header("connection"), Some("close"));
+    assert!(client.closed());
+}
+
 /// Each of these ends where its head ends, and the connection serves the next request.
 #[test]
 fn an_answer_without_a_body_leaves_the_connection_good() {

@@ -46,6 +46,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ("listen: '[[::1]]:80'", &["listen", "HOST:PORT"]),
     ("listen: !env ':80'", &["listen", "tag", "line 1"]),
     ("state_dir: 5", &["state_dir"]),
+    ("state_dir: ''", &["state_dir", "path"]),
     ("state_dir: [a]", &["state_dir"]),
     (
         "log_level: loud",
