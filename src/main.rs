@@ -2818,7 +2818,8 @@ mod secret {
     impl Secret {
         pub fn new(text: &str) -> Option<Secret> {
             let plain = text.bytes().all(|b| matches!(b, b' '..=b'~'));
-            (plain && !text.is_empty()).then(|| Secret(text.into()))
+            let fine = !text.is_empty() && text.trim() == text && plain;
+            fine.then(|| Secret(text.into()))
         }
 
         pub fn expose(&self) -> &str {
