@@ -1969,8 +1969,8 @@ impl Write for Socket {
         self.step(PollFlags::OUT, || (&self.tcp).write(bytes))
     }
 
-    /// All of rustls's records at once: once it fails, it writes only one time, and the last record
-    /// is the alert.
+    /// All of rustls's records in one call: after a failure it makes no second one, and the alert
+    /// is the last record.
     fn write_vectored(&mut self, records: &[IoSlice]) -> io::Result<usize> {
         self.step(PollFlags::OUT, || (&self.tcp).write_vectored(records))
     }

@@ -33,7 +33,7 @@ fn four_hundred_connections_against_128_descriptors() {
 fn a_limit_that_may_be_raised_is() {
     let up = Upstream::plain();
     let mux = Setup::new(&up).shell("ulimit -Sn 64; exec \"$@\"").start();
-    assert!(mux.log_lines("raise the limit").is_empty(), "nobody need");
+    assert!(mux.log_lines("raise the limit").is_empty(), "it is told");
     assert_eq!(mux.message().text(), "fine");
 }
 
