@@ -55,18 +55,28 @@ fn wait_until_still(path: &Path) {
 /// One that lay still for a while is not read at each request; when it looks different, it is.
 #[test]
 fn replaced_after_it_lay_still_for_a_while() {
+    const SIZE: usize = 256 << 10;
     let up = Upstream::plain();
     let mux = Mux::start(&up);
     let path = file(&mux);
+    wait_until_still(&path);
+    used(&up, &mux);
     for in_place in [false, true] {
-        wait_until_still(&path);
-        used(&up, &mux); // now it need not be read again
         let new = up.login("claude", 3600);
+        let mut json = new.claude();
+        json["other"] = "x".repeat(SIZE).into();
         match in_place {
-            false => login::save(&mux.state(), "claude", &new.claude()),
-            true => fs::write(&path, new.claude().to_string()).expect("rewrite a file"),
+            false => login::save(&mux.state(), "claude", &json),
+            true => fs::write(&path, json.to_string()).expect("rewrite a file"),
         }
         assert_eq!(used(&up, &mux), new.access, "in place: {in_place}");
+        wait_until_still(&path);
+        used(&up, &mux); // now it need not be read again
+        let before = mux.bytes_read();
+        used(&up, &mux);
+        assert_eq!(mux.ask("GET", "/healthz", &[], b"").status, 200);
+        let read = mux.bytes_read() - before;
+        assert!(read < SIZE, "{read} bytes for a request and a look");
     }
 }
 

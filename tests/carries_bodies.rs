@@ -261,6 +261,19 @@ fn pipelined_requests_are_answered_in_order() {
     }
 }
 
+/// What came behind a reply that was cut could be taken for the rest of it.
+#[test]
+fn a_reply_that_does_not_fit_is_the_last() {
+    let mux = Mux::start(&Upstream::plain());
+    let mut client = mux.client();
+    let asks = format!("GET /none HTTP/1.1\r\nhost: x\r\nx-api-key: {TOKEN}\r\n\r\n").repeat(1000);
+    // More than two sockets can hold the replies to; none of them is read until the client is let go.
+    let sent = (0..250).take_while(|_| client.wire.send(asks.as_bytes()).is_ok());
+    assert!(sent.count() < 250, "all of it is taken");
+    client.rest();
+    assert!(client.closed());
+}
+
 #[test]
 fn an_http_1_0_client_is_answered_and_let_go() {
     let up = Upstream::plain();

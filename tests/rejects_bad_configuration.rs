@@ -48,6 +48,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ("state_dir: 5", &["state_dir"]),
     ("state_dir: ''", &["state_dir", "path"]),
     ("state_dir: [a]", &["state_dir"]),
+    ("state_dir: ~alice/x", &["state_dir", "~alice/x"]),
     (
         "log_level: loud",
         &["log_level", "loud", "debug", "info", "warn", "error"],
@@ -228,6 +229,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ("just words", &[]),
     ("listen: [", &[]),
     ("listen: a\nlisten: b", &["listen"]),
+    ("log_level: info\nlog_level: warn", &["log_level"]),
     ("\tlisten: a", &[]),
 ];
 
@@ -298,6 +300,7 @@ fn what_was_found_in_a_secret_field_is_not_shown() {
         "providers: [{name: claude, headers: {x-a:Pw5xKt: 1}}]".to_owned(),
         "users: [{name: alice, token: !!int Pw5xKtRb8zHnVc3mXd}]".to_owned(),
         "users: {Pw5xKtRb8zHnVc3mXd: a, Pw5xKtRb8zHnVc3mXd: b}".to_owned(),
+        "users: {Pw5xKt: a, Pw5xKt: b}".to_owned(),
         "users: {a_pw_secret_token: a, a_pw_secret_token: b}".to_owned(),
         "users: [{name: alice, token: !!int pw_secret_token}]".to_owned(),
         "users: [{name: {token: Pw5xKtRb8zHnVc3mXd}}]".to_owned(),

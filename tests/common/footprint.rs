@@ -42,8 +42,17 @@ impl Mux {
             .sum()
     }
 
+    /// What it has read so far, in bytes, whether from files or by read(2) from sockets (proc_pid_io(5)).
+    pub fn bytes_read(&self) -> usize {
+        self.number("io", "rchar:")
+    }
+
     fn status(&self, name: &str) -> usize {
-        let path = format!("/proc/{}/status", self.pid());
+        self.number("status", name)
+    }
+
+    fn number(&self, file: &str, name: &str) -> usize {
+        let path = format!("/proc/{}/{file}", self.pid());
         let status = fs::read_to_string(path).expect("its status");
         let line = status.lines().find_map(|line| line.strip_prefix(name));
         let word = line.and_then(|line| line.split_whitespace().next());
