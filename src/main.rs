@@ -1009,7 +1009,7 @@ fn bearer_in(value: &HeaderValue) -> &[u8] {
 // read the file; to refresh or write it, a worker, the provider's keeper, or main at the end, waits
 // its turn.
 // What cannot happen: two refreshes at once, a new token used before a save was tried, a file half
-// written, a log-out that was seen undone.
+// written, a log-out, once seen, undone.
 
 struct Credential {
     provider: &'static Provider,
