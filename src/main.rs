@@ -2365,28 +2365,28 @@ struct User {
 
 impl Config {
     fn load(path: &Path) -> Result<Config, String> {
-        let line = |e: String| format!("{}: {e}", path.display()).replace(char::is_control, " ");
-        let text = fs::read_to_string(path).map_err(|e| line(e.to_string()))?;
-        let text = text.trim_start_matches('\u{feff}');
-        let json = path.extension().is_some_and(|end| end == "json");
-        let parsed = match json {
-            true => serde_json::from_str(text).map_err(unquoted),
-            false => serde_yaml::from_str(text).map_err(unquoted),
+        let read = || -> Result<Config, String> {
+            let text = fs::read_to_string(path).map_err(|e| e.to_string())?;
+            let text = text.trim_start_matches('\u{feff}');
+            if path.extension().is_some_and(|end| end == "json") {
+                return Config::from_yaml(serde_json::from_str(text).map_err(unquoted)?);
+            }
+            let config = Config::from_yaml(serde_yaml::from_str(text).map_err(unquoted)?)?;
+            // Tags are refused, as JSON's values have none: `!secret x`, for others to look up, is
+            // not x. Only now, since the error names the field, which before could be anything.
+            serde_yaml::from_str::<Value>(text).map_err(unquoted)?;
+            Ok(config)
         };
-        let config = parsed.and_then(Config::from_yaml).map_err(line)?;
-        // Tags are refused, as JSON's values have none: `!secret x`, for others to look up, is not
-        // x. Only now, since the error names the field, which before could be anything.
-        if !json {
-            serde_yaml::from_str::<Value>(text).map_err(|e| line(unquoted(e)))?;
-        }
-        Ok(config)
+        read().map_err(|e| format!("{}: {e}", path.display()).replace(char::is_control, " "))
     }
 
     fn from_yaml(file: Yaml) -> Result<Config, String> {
         let known = "listen state_dir log_level providers users request_timeout \
             stream_idle_timeout refresh_check_interval workers proxy tls";
         let file = &mut fields(file, known)?;
-        let state_dir = field("state_dir", file, "~/.ai-mux", FOLDER)?;
+        let state_dir = field("state_dir", file, "~/.ai-mux", PATH)?;
+        // It is told to people who are elsewhere.
+        let state_dir = std::path::absolute(state_dir).map_err(|e| format!("state_dir: {e}"))?;
         let mut entries = field("providers", file, Vec::<Yaml>::new(), LIST)?;
         if entries.is_empty() {
             // One that cannot be looked at is there: it answers 503 and says why.
@@ -2395,15 +2395,16 @@ impl Config {
         }
         let providers: Result<Vec<_>, _> = entries.into_iter().map(provider).collect();
         let providers = providers.map_err(|e| format!("providers: {e}"))?;
-        if let Some(again) = repeated(&providers, |a, b| a.provider.name == b.provider.name) {
-            let name = again.provider.name;
-            return Err(format!("providers: found {name} again, expected each once"));
+        let count = |name| providers.iter().filter(|p| p.provider.name == name).count();
+        if let Some(Provider { name, .. }) = PROVIDERS.iter().find(|p| count(p.name) > 1) {
+            return Err(format!("providers: found {name} twice, expected each once"));
         }
         let entries = field("users", file, Vec::<Yaml>::new(), LIST)?;
         let users: Result<Vec<_>, _> = entries.into_iter().map(user).collect();
         let users = users.map_err(|e| format!("users: {e}"))?;
-        if let Some(again) = repeated(&users, |a, b| a.name == b.name || a.token == b.token) {
-            let name = &again.name;
+        let same = |a: &User, b: &User| a.name == b.name || a.token == b.token;
+        let twice = |a: &&User| users.iter().filter(|b| same(a, b)).count() > 1;
+        if let Some(User { name, .. }) = users.iter().find(twice) {
             return Err(format!("users: {name:?} or its token twice, expected once"));
         }
         Ok(Config {
@@ -2417,8 +2418,7 @@ impl Config {
             refresh_check_interval: field("refresh_check_interval", file, "10m", INTERVAL)?,
             workers: field("workers", file, 64, WORKERS)?,
             proxy: field("proxy", file, "", PROXY)?,
-            tls: tls(field("tls", file, Mapping::new(), MAPPING)?)
-                .map_err(|e| format!("tls.{e}"))?,
+            tls: tls(field("tls", file, Mapping::new(), MAP)?).map_err(|e| format!("tls.{e}"))?,
         })
     }
 }
@@ -2432,7 +2432,7 @@ fn provider(mut entry: Yaml) -> Result<ProviderSettings, String> {
     let provider = field("name", entry, "", PROVIDER)?;
     Ok(ProviderSettings {
         provider,
-        headers: headers(field("headers", entry, Mapping::new(), MAPPING)?)?,
+        headers: headers(field("headers", entry, Mapping::new(), MAP)?)?,
         base_url: field("base_url", entry, provider.base_url, URL)?,
         token_url: field("token_url", entry, provider.token_url, URL)?,
     })
@@ -2442,13 +2442,13 @@ fn user(entry: Yaml) -> Result<User, String> {
     let entry = &mut fields(entry, "name token token_file")?;
     let name = field("name", entry, "", NAME)?;
     let mut place = format!("{name:?}");
-    if let Some(path) = field("token_file", entry, Yaml::Null, PATH)? {
+    if entry.contains_key("token_file") {
+        let path = field("token_file", entry, "", PATH)?;
         let shown = path.to_str().filter(|path| path.starts_with(['/', '.']));
         let shown = shown.unwrap_or("(not shown, as it may be the token)");
         place += &format!(": token_file {shown}");
         let text = fs::read_to_string(&path).map_err(|e| format!("{place}: {e}"))?;
-        let token = entry.insert("token".into(), text.trim().into());
-        if token.is_some_and(|token| !token.is_null()) {
+        if entry.insert("token".into(), text.trim().into()).is_some() {
             return Err(format!("{name:?}: expected token or token_file, not both"));
         }
     }
@@ -2478,18 +2478,10 @@ fn headers(found: Mapping) -> Result<HeaderMap, String> {
 fn tls(entry: Mapping) -> Result<Option<Tls>, String> {
     let entry = &mut fields(entry.into(), "enabled cert_path key_path")?;
     let enabled = field("enabled", entry, false, BOOL)?;
-    let [cert, key] = ["cert_path", "key_path"].map(|name| field(name, entry, Yaml::Null, PATH));
-    match (enabled, cert?, key?) {
-        (true, Some(cert), Some(key)) => Tls::open([cert, key]).map(Some),
-        (true, ..) => Err("enabled: expected cert_path and key_path beside it".into()),
-        _ => Ok(None),
-    }
-}
-
-/// The first item that one before it equals.
-fn repeated<T>(items: &[T], same: impl Fn(&T, &T) -> bool) -> Option<&T> {
-    let again = |at: &usize| items[..*at].iter().any(|other| same(other, &items[*at]));
-    (1..items.len()).find(again).map(|at| &items[at])
+    let or = if enabled { Yaml::Null } else { "".into() }; // null is no path
+    let [cert, key] = ["cert_path", "key_path"].map(|name| field(name, entry, or.clone(), PATH));
+    let files = [cert?, key?];
+    enabled.then(|| Tls::open(files)).transpose()
 }
 
 /// Why the file cannot be parsed, quoting nothing but what looks like a repeated field's name.
@@ -2503,14 +2495,13 @@ fn unquoted(e: impl Display) -> String {
     }
 }
 
-/// The fields of a part of the file, none of them unknown.
+/// The fields of a part of the file, none of them unknown; one that is null counts as absent.
 fn fields(part: Yaml, known: &str) -> Result<Mapping, String> {
     let wrong = |_| "found something (not shown), expected NAME: VALUE lines";
-    let found: Option<Mapping> = serde_yaml::from_value(part).map_err(wrong)?;
-    let found = found.unwrap_or_default();
-    let listed = |key: &str| known.split(' ').any(|name| name == key);
-    let unknown = |key: &&Yaml| !matches!(key, Yaml::String(key) if listed(key));
+    let mut found: Mapping = serde_yaml::from_value(part).map_err(wrong)?;
+    let unknown = |key: &&Yaml| !known.split(' ').map(Yaml::from).any(|name| name == **key);
     let Some(key) = found.keys().find(unknown) else {
+        found.retain(|_, value| !value.is_null());
         return Ok(found);
     };
     // A user's key could be a token, with no space after its colon, or no NAME: before it.
@@ -2520,11 +2511,10 @@ fn fields(part: Yaml, known: &str) -> Result<Mapping, String> {
     Err(format!("{key}: unknown, expected one of: {known}"))
 }
 
-/// The checked value of a field, or of its default; null counts as absent.
+/// The checked value of a field, or of its default.
 fn field<T>(name: &str, of: &mut Mapping, or: impl Into<Yaml>, kind: Kind<T>) -> Result<T, String> {
     let (expected, parse) = kind;
-    let found = of.remove(name).filter(|found| !found.is_null());
-    let value = found.unwrap_or_else(|| or.into());
+    let value = of.remove(name).unwrap_or_else(|| or.into());
     let text = serde_json::to_string(&value).unwrap_or_default();
     // In a URL: a password, a query, a fragment. Elsewhere: a key in PEM, or lines of one.
     let marks = ["@", "?", "#", "-----", "\\n"];
@@ -2545,33 +2535,26 @@ const BOOL: Kind<bool> = ("true or false", Yaml::as_bool);
 
 const LIST: Kind<Vec<Yaml>> = ("a list", |value| value.as_sequence().cloned());
 
-const MAPPING: Kind<Mapping> = ("NAME: VALUE lines", |value| value.as_mapping().cloned());
+const MAP: Kind<Mapping> = ("NAME: VALUE lines", |value| value.as_mapping().cloned());
 
-const PATH: Kind<Option<PathBuf>> = ("a path", |value| {
+const PATH: Kind<PathBuf> = ("a path, or ~/PATH where there is a home", |value| {
     let plain = |path: &&str| !path.contains("-----") && !path.contains('\n'); // no pasted key
-    let path = value.as_str().filter(plain).map(PathBuf::from);
-    (value.is_null() || path.is_some()).then_some(path)
+    let path = value.as_str().filter(plain)?;
+    match Path::new(path).strip_prefix("~") {
+        Ok(rest) => Some(std::env::home_dir()?.join(rest)),
+        Err(_) if path.starts_with('~') => None, // nobody else's home
+        Err(_) => Some(path.into()),
+    }
 });
 
 const ADDRESS: Kind<(String, u16)> = ("\":PORT\" or \"HOST:PORT\"", |value| {
     let (host, port) = value.as_str()?.rsplit_once(':')?;
     let host = if host.is_empty() { "[::]" } else { host };
     let ip = (host.strip_prefix('[')).and_then(|host| host.strip_suffix(']'));
-    let host = ip.unwrap_or(host);
-    let marks: &[u8] = if ip.is_some() { b"-._:%" } else { b"-._" };
-    let plain = |b: u8| b.is_ascii_alphanumeric() || marks.contains(&b);
-    let fine = !host.is_empty() && host.bytes().all(plain);
-    Some((host.to_owned(), port.parse().ok()?)).filter(|_| fine && !port.starts_with('+'))
-});
-
-const FOLDER: Kind<PathBuf> = ("a path, or ~/PATH where there is a home", |value| {
-    let path = value.as_str()?;
-    let path = match Path::new(path).strip_prefix("~") {
-        Ok(rest) => std::env::home_dir()?.join(rest),
-        Err(_) if path.starts_with('~') => return None, // nobody else's home
-        Err(_) => path.into(),
-    };
-    std::path::absolute(path).ok() // not for ""; and it is told to people who are elsewhere
+    let (host, marks) = ip.map_or((host, "-._"), |ip| (ip, "-._:%"));
+    let plain = |c: char| c.is_ascii_alphanumeric() || marks.contains(c);
+    let fine = !host.is_empty() && host.chars().all(plain) && !port.starts_with('+');
+    Some((host.to_owned(), port.parse().ok()?)).filter(|_| fine)
 });
 
 const LEVEL: Kind<LevelFilter> = ("debug, info, warn or error", |value| {
@@ -2607,34 +2590,29 @@ const PROVIDER: Kind<&Provider> = ("claude or chatgpt", |value| {
 });
 
 const NAME: Kind<String> = ("a name, but not -, without control characters", |value| {
-    let name = value.as_str()?;
-    let fine = !name.is_empty() && name != "-" && !name.contains(char::is_control);
-    fine.then(|| name.to_owned())
+    let fine = |name: &&str| !["", "-"].contains(name) && !name.contains(char::is_control);
+    value.as_str().filter(fine).map(str::to_owned)
 });
 
 const TOKEN: Kind<Secret> = ("16+ visible ASCII characters or a token_file", |value| {
-    let text = value.as_str()?;
-    let fine = text.len() >= USER_TOKEN_LENGTH && !text.contains(' ');
-    Secret::new(text).filter(|_| fine)
+    let fine = |text: &&str| text.len() >= USER_TOKEN_LENGTH && !text.contains(' ');
+    Secret::new(value.as_str().filter(fine)?)
 });
 
 const URL: Kind<String> = ("an https:// URL, or http:// to loopback", |value| {
     let text = value.as_str()?;
-    let uri = whole_uri(text)?;
+    let uri = whole_uri(text).filter(|_| !text.contains(['@', '?', '#']))?; // no user, no query
     let scheme = uri.scheme_str()?;
     let safe = scheme == "https" || scheme == "http" && is_loopback(&uri);
-    let plain = !text.contains(['@', '?', '#']); // no user, no query
-    (safe && plain).then(|| text.to_owned())
+    safe.then(|| text.to_owned())
 });
 
 /// A URL with scheme and host, and with a port that is one, if any.
 fn whole_uri(text: &str) -> Option<http::Uri> {
     let uri: http::Uri = text.parse().ok()?;
-    let (authority, host) = (uri.authority()?.as_str(), uri.host()?);
-    let portless = || authority.ends_with(host);
-    let ported = uri.port_u16().map_or_else(portless, |port| port > 0);
-    let whole = uri.scheme().is_some() && !host.is_empty() && ported;
-    whole.then_some(uri)
+    let (host, port) = (uri.host().filter(|host| !host.is_empty())?, uri.port_u16());
+    let portless = uri.authority()?.as_str().ends_with(host);
+    (uri.scheme().is_some() && port.map_or(portless, |port| port > 0)).then_some(uri)
 }
 
 // ─── replies ─────────────────────────────────────────────────────────────────────────────────
@@ -2673,10 +2651,8 @@ impl Reply {
         let code = status.canonical_reason().unwrap_or_default();
         let code = code.to_ascii_lowercase().replace(' ', "_");
         let error = json!({ "type": kind, "message": self.message, "param": null, "code": code });
-        let body = match self.status {
-            200 => self.message.clone(),
-            _ => json!({ "type": "error", "error": error }).to_string(),
-        };
+        let error = json!({ "type": "error", "error": error }).to_string();
+        let body = [&error, &self.message][(self.status == 200) as usize];
         let again = match (self.retry_after, self.status) {
             (Some(wait), _) => format!("retry-after: {}\r\n", wait.as_secs()),
             // Trying again cannot help; without this, SDKs do so for minutes and show nothing.
@@ -2685,7 +2661,7 @@ impl Reply {
         };
         let close = if last { "connection: close\r\n" } else { "" };
         let (date, length) = (httpdate::fmt_http_date(SystemTime::now()), body.len());
-        let body = if head_only { "" } else { &body };
+        let body = if head_only { "" } else { body };
         let text = format!(
             "HTTP/1.1 {status}\r\ndate: {date}\r\ncontent-type: application/json\r\n\
              content-length: {length}\r\n{extra}{again}{close}\r\n{body}"
@@ -2724,9 +2700,8 @@ impl Exchange {
         let path = path.get(..TEXT_SHOWN).unwrap_or(path); // ASCII, says the gate
         let words = [&report.user, report.provider, &head.method, path];
         let [user, provider, method, path] = words.map(|w| if w.is_empty() { "-" } else { w });
-        let (status, bytes) = (report.status, report.bytes);
-        let first = report.first.map(|first| format!("{}ms", first.as_millis()));
-        let first = first.as_deref().unwrap_or("-");
+        let (status, bytes, first) = (report.status, report.bytes, report.first);
+        let first = first.map_or("-".into(), |first| format!("{}ms", first.as_millis()));
         let total = self.started.elapsed().as_millis();
         let mut line = format!(
             "peer={peer} user={user} provider={provider} method={method} path={path} \
@@ -2794,8 +2769,7 @@ fn start_log(level: LevelFilter) {
     let logger = logger.with_module_level("ai_mux", level);
     // A panic's message could hold anything; its place is enough. Not eprintln!, as in `main`.
     std::panic::set_hook(Box::new(|panic| {
-        let place = panic.location().map(ToString::to_string);
-        let place = place.unwrap_or_default();
+        let place = panic.location().map_or(String::new(), ToString::to_string);
         let _ = writeln!(io::stderr(), "ERROR [ai_mux] panic at {place}");
     }));
     log::set_max_level(level);
