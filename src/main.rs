@@ -2374,7 +2374,8 @@ impl Config {
             let config = Config::from_yaml(serde_yaml::from_str(text).map_err(unquoted)?)?;
             // Tags are refused, as JSON's values have none: `!secret x`, for others to look up, is
             // not x. Only now, since the error names the field, which before could be anything.
-            serde_yaml::from_str::<Value>(text).map_err(unquoted)?;
+            let tagged = |e: serde_yaml::Error| e.to_string().replace("type: enum", "type: a tag");
+            serde_yaml::from_str::<Value>(text).map_err(tagged)?;
             Ok(config)
         };
         read().map_err(|e| format!("{}: {e}", path.display()).replace(char::is_control, " "))
@@ -2484,15 +2485,26 @@ fn tls(entry: Mapping) -> Result<Option<Tls>, String> {
     enabled.then(|| Tls::open(files)).transpose()
 }
 
-/// Why the file cannot be parsed, quoting nothing but what looks like a repeated field's name.
+/// Why the file cannot be parsed. Of what is in it, only the name of the outermost field is shown,
+/// and what looks like a repeated field's name: any other key or value could be a secret.
 fn unquoted(e: impl Display) -> String {
-    let text = e.to_string().replace("type: enum", "type: a tag"); // serde's word for it
+    let text = e.to_string();
+    let kinds = ["duplicate entry", "invalid type", "invalid value"].into_iter();
+    let Some(at) = kinds.filter_map(|kind| text.find(kind)).min() else {
+        return text; // of its form, quoting nothing
+    };
+    let (path, why) = text.split_at(at);
+    let field = path.split(['.', '[', ':']).next().unwrap_or_default();
     let letter = |b: u8| b == b'_' || b.is_ascii_lowercase();
-    let name = |key: &str| text.contains("duplicate") && key.len() < 16 && key.bytes().all(letter);
-    match text.split(['"', '`']).collect::<Vec<_>>()[..] {
+    let name = |key: &str| why.starts_with('d') && key.len() < 16 && key.bytes().all(letter);
+    let why = match why.split(['"', '`']).collect::<Vec<_>>()[..] {
         [front, quoted, ..] if !name(quoted) => format!("{front}(not shown)"),
-        _ => text.clone(),
-    }
+        [_] if why.contains("key ") => "duplicate entry (not shown)".into(), // a number
+        _ => why.to_owned(),
+    };
+    format!("{field}: {why}")
+        .trim_start_matches(": ")
+        .to_owned()
 }
 
 /// The fields of a part of the file, none of them unknown; one that is null counts as absent.

@@ -203,6 +203,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ("workers: 0", &["workers", "0"]),
     ("workers: -1", &["workers", "-1"]),
     ("workers: many", &["workers"]),
+    ("workers: !!int x", &["workers"]),
     ("workers: !x 5", &["workers"]),
     ("workers: !x ~", &["workers"]),
     ("!x workers: 5", &["workers", "unknown"]),
@@ -301,6 +302,10 @@ fn what_was_found_in_a_secret_field_is_not_shown() {
         "users: [{name: alice, token: !!int Pw5xKtRb8zHnVc3mXd}]".to_owned(),
         "users: {Pw5xKtRb8zHnVc3mXd: a, Pw5xKtRb8zHnVc3mXd: b}".to_owned(),
         "users: {Pw5xKt: a, Pw5xKt: b}".to_owned(),
+        "users: [{name: alice, token:Pw5xKtRb8zHnVc3mXd: {a: b, a: c}}]".to_owned(),
+        "users: [{name: alice, token:Pw5xKtRb8zHnVc3mXd: !!int x}]".to_owned(),
+        "users: [{5556667778889990: a, 5556667778889990: b}]".to_owned(),
+        "proxy: {'http://user:Pw5xKt@localhost': 5550001112223334445556667778889990}".to_owned(),
         "users: {a_pw_secret_token: a, a_pw_secret_token: b}".to_owned(),
         "users: [{name: alice, token: !!int pw_secret_token}]".to_owned(),
         "users: [{name: {token: Pw5xKtRb8zHnVc3mXd}}]".to_owned(),
@@ -366,7 +371,11 @@ fn a_json_file_is_held_to_the_same_rules() {
     for (text, word) in [
         ("{\"workers\": 0}", "workers"),
         ("{\"worker\": 1}", "worker"),
-        ("{\"listen\": \":8080\",}", "wrong.json"),
+        ("{\"listen\": \":8080\",}", "line 1 column 20"),
+        (
+            "{\"workers\": 5 6}",
+            "expected `,` or `}` at line 1 column 15",
+        ),
         ("workers: 5", "wrong.json"),
         (
             "{\"users\": [{\"name\": \"alice\", \"token\": \"Pw5xKt\"}]}",
