@@ -40,7 +40,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -1022,8 +1022,6 @@ struct Credential {
     turn: Mutex<()>,
     /// What everyone looks at, in short locks.
     state: Mutex<State>,
-    /// Wakes the keeper, so that it waits until the next try and no longer.
-    wake_keeper: Condvar,
 }
 
 #[derive(Default)]
@@ -1065,8 +1063,7 @@ struct Token {
 impl Token {
     /// Whether it is still good `margin` from now, by the wall clock.
     fn lasts(&self, margin: Duration) -> bool {
-        let end = SystemTime::now() + margin;
-        self.expires.is_none_or(|expires| expires > end)
+        self.expires.is_none_or(|t| t > SystemTime::now() + margin)
     }
 }
 
@@ -1102,15 +1099,15 @@ impl State {
     }
 }
 
-/// A state of a file: device, inode, size; ctime; mtime. Two that are equal hold the same bytes,
+/// A state of a file: device, inode, size and mtime; ctime. Two that are equal hold the same bytes,
 /// if the first was taken `SETTLE_TIME` after that ctime.
-type Stamp = ([u64; 3], SystemTime, SystemTime);
+type Stamp = (([u64; 3], SystemTime), SystemTime);
 
 fn stamp(path: &Path) -> Option<Stamp> {
     let meta = fs::metadata(path).ok()?;
     let file = [meta.dev(), meta.ino(), meta.size()];
     let changed = Duration::new(meta.ctime().max(0) as u64, meta.ctime_nsec() as u32);
-    Some((file, UNIX_EPOCH + changed, meta.modified().ok()?))
+    Some(((file, meta.modified().ok()?), UNIX_EPOCH + changed))
 }
 
 impl Credential {
@@ -1121,7 +1118,6 @@ impl Credential {
         let mut state = self.reload(false);
         if let Some(old) = state.due(REFRESH_MARGIN, rejected).cloned() {
             drop(state);
-            self.turn.clear_poison(); // or `try_lock` would fail
             let turn = self.turn.try_lock().ok();
             if turn.is_none() && old.lasts(Duration::ZERO) && rejected != Some(&old.access) {
                 return Ok(old);
@@ -1154,17 +1150,15 @@ impl Credential {
 
     /// The keeper: looks at the login every `interval`, and when there is something to try again.
     fn keep(&self) {
-        let mut woken = false; // early, only to set a new wait
+        let mut next = Instant::now();
         while !lock(&self.state).stopping {
-            if !woken {
+            let failure = lock(&self.state).failure.clone();
+            let retry = failure.and_then(|(_, until)| until).unwrap_or(next);
+            if left_until(retry.min(next)).is_zero() {
+                next = Instant::now() + self.interval;
                 let _ = catch_unwind(AssertUnwindSafe(|| self.look()));
             }
-            let state = lock(&self.state);
-            let retry = state.failure.as_ref().and_then(|(_, until)| *until);
-            let retry = retry.map(left_until).filter(|time| !time.is_zero());
-            let time = retry.unwrap_or(self.interval).min(self.interval);
-            let waited = self.wake_keeper.wait_timeout(state, time);
-            woken = waited.is_ok_and(|(_, waited)| !waited.timed_out());
+            thread::sleep(self.interval.min(BACKOFF_MIN));
         }
     }
 
@@ -1227,8 +1221,7 @@ impl Credential {
         }
         let new = self.request_token(old)?;
         let mut state = lock(&self.state);
-        state.last = Some((old.clone(), new, SystemTime::now()));
-        state.unsaved = true;
+        (state.last, state.unsaved) = (Some((old.clone(), new, SystemTime::now())), true);
         drop(state);
         self.save();
         Ok(())
@@ -1236,8 +1229,7 @@ impl Credential {
 
     /// Asks the token endpoint. Of its answer, only status and `error` word are ever shown.
     fn request_token(&self, old: &Token) -> Result<Token, RefreshError> {
-        let (provider, url) = (self.provider, &self.token_url);
-        let way = way(&self.agent);
+        let (provider, url, way) = (self.provider, &self.token_url, way(&self.agent));
         let passing = |e: &dyn Display| (format!("{url}{way}: {e}"), Some(Duration::ZERO));
         let mut form = json!({ "grant_type": "refresh_token", "client_id": provider.client_id });
         form["refresh_token"] = old.refresh.as_ref().map(Secret::expose).into();
@@ -1317,8 +1309,7 @@ impl Credential {
     /// Replaces the file whole, through links: a new one is written beside it, synced, and renamed
     /// over it if it still looks as `before`. Without that, all up to there is rehearsed.
     fn replace(&self, text: &str, before: Option<Stamp>) -> Result<(), String> {
-        let name = self.path.display();
-        let folder = self.folder();
+        let (name, folder) = (self.path.display(), self.folder());
         let failed =
             |e| format!("{name} cannot be replaced: {e}; {folder} must be writable, with room");
         let target = self.path.canonicalize().map_err(failed)?;
@@ -1365,7 +1356,6 @@ impl Credential {
         let level = [Level::Warn, Level::Error][state.unsaved as usize];
         log!(level, "{name}: refresh: {why}; next try in {seconds}s");
         state.failure = Some((why, Some(Instant::now() + time)));
-        self.wake_keeper.notify_all();
     }
 
     /// Adopts what is new on disk. `force` reads the file even if it seems unchanged. Small and
@@ -1388,8 +1378,7 @@ impl Credential {
                 // By its ctime: an mtime can be set back, or ahead.
                 state.settled = stamp.1.elapsed().is_ok_and(|age| age > SETTLE_TIME);
                 // A change of the file is worth another try, but not one of its mode.
-                let content = |(file, _, modified): Stamp| (file, modified);
-                if state.seen.replace(stamp).map(content) != Some(content(stamp)) {
+                if state.seen.replace(stamp).map(|seen| seen.0) != Some(stamp.0) {
                     state.failure.take_if(|(_, until)| until.is_none());
                 }
                 self.adopt(&mut state, Ok(token));
@@ -1678,7 +1667,6 @@ impl Upstream {
                 interval: config.refresh_check_interval,
                 turn: Mutex::default(),
                 state: Mutex::default(),
-                wake_keeper: Condvar::new(),
             }),
             settings,
         })
