@@ -105,6 +105,9 @@ fn a_changed_file_is_worth_another_try() {
     up.refresh_again();
     assert_eq!(mux.message().status, 503);
     let path = login::path(&mux.state(), "claude");
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o640);
+    std::fs::set_permissions(&path, mode).expect("chmod");
+    assert_eq!(mux.message().status, 503, "a change of its mode is none");
     let file = std::fs::File::options().append(true).open(path);
     let touched = file.and_then(|f| f.set_modified(std::time::SystemTime::now()));
     touched.expect("touch a file");
