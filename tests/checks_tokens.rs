@@ -123,23 +123,22 @@ fn a_refusal_is_seen_by_a_client_that_sends_first() {
 #[test]
 fn a_token_file_is_read_and_trimmed() {
     let up = Upstream::plain();
-    let setup = Setup::new(&up);
-    let file = setup.write("bob.token", format!("\n  {BOB}\t\r\n\n"));
     up.secret(BOB);
-    let mux = setup
-        .set(
-            "users",
-            json!([{"name": "bob", "token": null, "token_file": file}]),
-        )
-        .start();
-    let ask = |token| {
-        mux.client()
-            .request("GET", MESSAGES, &[("x-api-key", token)], b"")
-            .answer()
-    };
-    assert_eq!(ask(BOB).status, 200);
-    assert_eq!(ask(TOKEN).status, 401);
-    mux.wait_log("user=bob ");
+    for at_home in [false, true] {
+        let setup = Setup::new(&up);
+        let file = setup.write("bob.token", format!("\n  {BOB}\t\r\n\n"));
+        let file = if at_home { "~/bob.token".into() } else { file };
+        let bob = json!([{"name": "bob", "token": null, "token_file": file}]);
+        let mux = setup.set("users", bob).start();
+        let ask = |token| {
+            mux.client()
+                .request("GET", MESSAGES, &[("x-api-key", token)], b"")
+                .answer()
+        };
+        assert_eq!(ask(BOB).status, 200);
+        assert_eq!(ask(TOKEN).status, 401);
+        mux.wait_log("user=bob ");
+    }
 }
 
 /// A client that reads only once it has sent its whole body hears why, too, and not of a reset.
