@@ -1158,7 +1158,7 @@ impl Credential {
                 next = Instant::now() + self.interval;
                 let _ = catch_unwind(AssertUnwindSafe(|| self.look()));
             }
-            thread::sleep(self.interval.min(BACKOFF_MIN));
+            thread::sleep(self.interval.min(BACKOFF_MIN)); // no failure waits for less
         }
     }
 

@@ -377,7 +377,7 @@ fn a_log_out_that_is_seen_during_a_refresh_wins() {
     assert_eq!(client.answer().status, 503);
     assert_down(&mux, "logged out");
     assert!(!file(&mux).exists());
-    assert!(mux.log_lines("in memory only").is_empty(), "nothing is");
+    assert!(mux.log_lines("in memory only").is_empty(), "unsaved");
 }
 
 #[test]
