@@ -502,7 +502,8 @@ impl Gate {
                 }
             };
             if let Err(e) = spawn("worker", work) {
-                let level = [Level::Debug, Level::Warn][(self.busy == self.running) as usize];
+                let idle = self.busy < self.running;
+                let level = if idle { Level::Debug } else { Level::Warn };
                 return log!(level, "start a worker: {e}");
             }
             self.running += 1;
@@ -1352,8 +1353,8 @@ impl Credential {
         };
         state.backoff = (state.backoff * 2).clamp(BACKOFF_MIN, BACKOFF_MAX);
         let time = state.backoff.max(least).min(RETRY_AFTER_MAX);
-        let seconds = time.as_secs();
-        let level = [Level::Warn, Level::Error][state.unsaved as usize];
+        let (seconds, unsaved) = (time.as_secs(), state.unsaved);
+        let level = if unsaved { Level::Error } else { Level::Warn };
         log!(level, "{name}: refresh: {why}; next try in {seconds}s");
         state.failure = Some((why, Some(Instant::now() + time)));
     }
@@ -1691,8 +1692,8 @@ impl Upstream {
                 ureq::Error::Timeout(_) => (504, "did not answer within request_timeout".into()),
                 e => (502, format!("cannot be reached, or broke off: {e}")),
             };
-            let (name, way) = (self.provider.name, way(&self.agent));
-            let reply = Reply::new(status, format!("{name}{way} {why}; try again"));
+            let (at, way) = (&self.settings.base_url, way(&self.agent));
+            let reply = Reply::new(status, format!("{at}{way} {why}; try again"));
             exchange.body_error.take().unwrap_or(reply)
         })
     }
@@ -2490,9 +2491,8 @@ fn unquoted(e: impl Display) -> String {
         [_] if why.contains("key ") => "duplicate entry (not shown)".into(), // a number
         _ => why.to_owned(),
     };
-    format!("{field}: {why}")
-        .trim_start_matches(": ")
-        .to_owned()
+    let told = format!("{field}: {why}");
+    told.trim_start_matches(": ").to_owned()
 }
 
 /// The fields of a part of the file, none of them unknown; one that is null counts as absent.
@@ -2652,7 +2652,8 @@ impl Reply {
         let code = code.to_ascii_lowercase().replace(' ', "_");
         let error = json!({ "type": kind, "message": self.message, "param": null, "code": code });
         let error = json!({ "type": "error", "error": error }).to_string();
-        let body = [&error, &self.message][(self.status == 200) as usize];
+        let fine = self.status == 200;
+        let body = if fine { &self.message } else { &error };
         let again = match (self.retry_after, self.status) {
             (Some(wait), _) => format!("retry-after: {}\r\n", wait.as_secs()),
             // Trying again cannot help; without this, SDKs do so for minutes and show nothing.

@@ -120,10 +120,12 @@ fn an_answer_that_never_begins_is_502() {
 fn an_upstream_that_is_not_there_is_502() {
     let up = Upstream::plain();
     let mux = Mux::start(&up);
+    let place = up.url();
     drop(up);
     let answer = mux.message();
     assert_eq!(answer.status, 502);
-    answer.error();
+    let said = answer.error();
+    assert!(said.contains(&place), "{said}");
 }
 
 #[test]
