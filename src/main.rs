@@ -21,7 +21,7 @@
 //! answer, and it ends with a **verdict** on what becomes of the client's stream. A **credential**
 //! is a provider's login; whoever finds it ageing, a worker or its **keeper** in the background,
 //! refreshes it, one at a time. A **reply** is an answer of ai-mux's own; everything else that a
-//! client hears comes from **upstream**.
+//! client hears, but for 100 Continue, comes from **upstream**.
 //!
 //! The file reads from the story to the reference: limits, main, gate, server, handler, credential,
 //! upstream, stream, config, replies, log, secret. But for helpers, callers stand above callees.
@@ -91,7 +91,7 @@ const USER_TOKEN_LENGTH: usize = 16;
 const TEXT_SHOWN: usize = 200;
 /// A request body; both vendors refuse larger ones themselves.
 const BODY_SIZE: u64 = 64 << 20;
-/// The part of a body that is held in memory so that it can be sent a second time.
+/// The largest body that is held in memory, whole, so that it can be sent a second time.
 const HELD_SIZE: u64 = 1 << 20;
 /// A body may be waited for this long, and a second more for each `BODY_RATE` that came of it.
 const BODY_GRACE: Duration = Duration::from_secs(10);
@@ -114,7 +114,8 @@ const SPARE_WORKERS: usize = 3;
 const CHORE_INTERVAL: Duration = Duration::from_secs(5);
 /// Client connections beyond those that workers serve.
 const SPARE_CONNECTIONS: u64 = 1024;
-/// New connections that the kernel may queue for us; it resets some beyond that.
+/// New connections that the kernel may queue for us, but for its own net.core.somaxconn; beyond
+/// that, clients wait for seconds, or are reset.
 const BACKLOG: i32 = 4096;
 /// Descriptors for listener, log, files, the inner connection and token calls; and per worker,
 /// for an upstream in use, one kept, and a file or a name to look up.
@@ -133,7 +134,7 @@ const UPSTREAMS_KEPT: usize = 32;
 const UPSTREAM_IDLE: Duration = Duration::from_secs(15);
 /// How long an upstream's addresses are used before they are looked up again.
 const LOOKUP_AGE: Duration = Duration::from_secs(30);
-/// A credential file; real ones have 1 to 10 KiB.
+/// A credential file; real ones have less than 10 KiB.
 const FILE_SIZE: u64 = 1 << 20;
 /// A file changed this recently may change again and keep the same time stamps.
 const SETTLE_TIME: Duration = Duration::from_secs(2);
@@ -645,7 +646,7 @@ struct Head {
 impl Head {
     /// Takes the head at the start of what is `buffered`, once it is whole.
     fn take(buffered: &mut VecDeque<u8>) -> Result<Option<Head>, Reply> {
-        // One empty line before a request is nothing (RFC 9112 section 2.2).
+        // An empty line before a request is nothing (RFC 9112 section 2.2), one at each reading.
         if buffered.iter().take(2).eq(b"\r\n") {
             buffered.drain(..2);
         }
@@ -743,8 +744,8 @@ struct Proxy {
     /// Those of exchanges that are done, until the gate takes the streams back.
     verdicts: Mutex<Vec<Verdict>>,
     waker: UnixStream,
-    /// A stop has closed all connections to upstream: what looks like an answer's end, or like a
-    /// fault of upstream's, may be that.
+    /// Set before a stop closes all connections to upstream: what looks like an answer's end, or
+    /// like a fault of upstream's, may be that.
     cut: AtomicBool,
 }
 
@@ -1036,7 +1037,7 @@ struct State {
     last: Option<(Token, Token, SystemTime)>,
     /// Whether what it brought is still to be written to disk.
     unsaved: bool,
-    /// The last wait after a failed refresh or save.
+    /// The last wait after a failed refresh or save, but for a longer `Retry-After`.
     backoff: Duration,
     failure: Option<Outage>,
     /// No refresh begins any more.
@@ -1119,7 +1120,7 @@ impl Credential {
         let mut state = self.reload(false);
         if let Some(old) = state.due(REFRESH_MARGIN, rejected).cloned() {
             drop(state);
-            let turn = self.turn.try_lock().ok();
+            let turn = self.turn.try_lock().ok(); // after a panic none: the keeper refreshes
             if turn.is_none() && old.lasts(Duration::ZERO) && rejected != Some(&old.access) {
                 return Ok(old);
             }
@@ -1367,8 +1368,8 @@ impl Credential {
             return state;
         }
         state.settled = false;
-        // Whether the token in memory still serves: not after a log-out; if the file is unusable,
-        // only as the only copy.
+        // Whether the token in memory still serves: not after a log-out; if the file is not ours
+        // to read, only as the only copy; if it is not whole, in any case.
         let kept = |e: &io::Error| match e.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => false,
             ErrorKind::InvalidInput | ErrorKind::PermissionDenied => state.unsaved,
@@ -1457,7 +1458,8 @@ impl Credential {
     fn unusable(&self, kind: ErrorKind, what: &str) -> io::Error {
         let (name, folder, mut remedy) = (self.path.display(), self.folder(), self.remedy());
         if kind == ErrorKind::PermissionDenied {
-            // A dynamic user's folder may have another owner on disk (UIDS-GIDS.md of systemd).
+            // A dynamic user (for the range, see UIDS-GIDS.md of systemd) may see a folder as its
+            // own that has another owner on disk.
             let user = rustix::process::geteuid().as_raw();
             let state_dir = self.path.ancestors().nth(2);
             let dynamic = state_dir.filter(|_| (61184..=65519).contains(&user));
@@ -1753,7 +1755,7 @@ fn is_framing(name: &HeaderName) -> bool {
     name == CONTENT_LENGTH || name == TRANSFER_ENCODING
 }
 
-/// RFC 9110 section 7.6.1, and what proxies say to each other.
+/// RFC 9110 section 7.6.1; `trailer`, as we drop trailers; and what proxies say to each other.
 fn is_hop_by_hop(name: &str) -> bool {
     matches!(name, "connection" | "keep-alive" | "te" | "trailer")
         || matches!(name, "transfer-encoding" | "upgrade")
@@ -1865,7 +1867,7 @@ thread_local! {
 
 /// A ureq transport that waits until `WAIT_END`, and is open only if nothing is left to read;
 /// `Deadline<()>` makes one of any other. ureq's own limits start anew with each phase of a
-/// request, and none bounds each silence in a body alone.
+/// request, and that for one read is for heads and handshakes, too.
 #[derive(Debug)]
 struct Deadline<T>(T);
 
@@ -1880,7 +1882,7 @@ impl<T: Transport> Connector<T> for Deadline<()> {
 }
 
 /// `time`, or what is left until `WAIT_END` if less: `is_open` asks for no wait at all, and behind
-/// a proxy one `Deadline` is inside another.
+/// an HTTP proxy one `Deadline` is inside another.
 fn in_time(mut time: NextTimeout) -> NextTimeout {
     // In tenths of a second: mostly the same again, so that the socket need not be set anew.
     let left = left_until(WAIT_END.get()).as_micros();
@@ -1975,7 +1977,7 @@ struct Stream {
     tls: Option<Box<rustls::ServerConnection>>,
     /// Read from the client but not used yet: it travels with the stream.
     buffered: VecDeque<u8>,
-    /// A part of a TLS record has come.
+    /// TLS bytes have come that gave no data yet: a part of a record, mostly.
     partial: bool,
     /// The gate must read it: its socket is readable, or data may be buffered above that.
     must_read: bool,
@@ -2044,7 +2046,7 @@ impl Stream {
     fn next_head(&mut self) -> Result<Option<Head>, Reply> {
         self.must_read = false;
         for _ in 0..2 {
-            // Each phase has a time of its own, from its first byte.
+            // Each phase, of a handshake, a head, or between two, has a time of its own.
             let phase = (self.is_handshaking(), self.allowance());
             if self.draining {
                 self.buffered.clear();
@@ -2263,7 +2265,7 @@ fn relay(answer: Answer, exchange: &mut Exchange, proxy: &Proxy) -> Outcome {
     exchange.report.status = parts.status.as_u16();
     let request_id = parts.headers.get("request-id");
     exchange.report.request_id = request_id.or(parts.headers.get("x-request-id")).cloned();
-    let (head, chunked) = answer_head(&parts, &mut exchange.head);
+    let (head, chunked) = answer_head(&parts, &exchange.head);
     exchange.stream.write_piece(&head).map_err(gone)?;
     exchange.report.first = Some(exchange.started.elapsed());
     let mut piece = vec![0; 2048]; // enough for most events; a large answer makes it grow
@@ -2291,13 +2293,12 @@ fn relay(answer: Answer, exchange: &mut Exchange, proxy: &Proxy) -> Outcome {
 }
 
 /// The answer's head, framed anew; and whether its body goes in chunks. HTTP/1.0 has none: there
-/// a body without a size ends with the connection, which is then not kept alive.
-fn answer_head(parts: &Parts, request: &mut Head) -> (Vec<u8>, bool) {
+/// a body without a size ends with the connection, which is never kept alive.
+fn answer_head(parts: &Parts, request: &Head) -> (Vec<u8>, bool) {
     let (headers, status) = (&parts.headers, parts.status);
     let bodyless = request.method == "HEAD" || matches!(status.as_u16(), 204 | 304);
     let sized = headers.contains_key(CONTENT_LENGTH) && Body::of(headers).is_ok();
     let chunked = !sized && !bodyless && !request.http10;
-    request.keep_alive &= sized || bodyless || chunked;
     let reason = status.canonical_reason().unwrap_or_default();
     let mut head = format!("HTTP/1.1 {} {reason}\r\n", status.as_str()).into_bytes();
     for (name, value) in headers {
@@ -2656,7 +2657,7 @@ impl Reply {
         let body = if fine { &self.message } else { &error };
         let again = match (self.retry_after, self.status) {
             (Some(wait), _) => format!("retry-after: {}\r\n", wait.as_secs()),
-            // Trying again cannot help; without this, SDKs do so for minutes and show nothing.
+            // Trying again cannot help; without this, Claude Code does so for minutes, silently.
             (None, 400..=407 | 409..500 | 503) => "x-should-retry: false\r\n".into(),
             _ => String::new(),
         };
