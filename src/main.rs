@@ -1238,7 +1238,7 @@ impl Credential {
         if let Some(scope) = provider.scope {
             form["scope"] = scope.into();
         }
-        WAIT_END.set(Instant::now() + REFRESH_TIME); // for the look-up
+        WAIT_END.set(Instant::now() + REFRESH_TIME);
         let request = self.agent.post(url).content_type("application/json");
         let mut answer = request.send(form.to_string()).map_err(|e| passing(&e))?;
         let (status, wait) = (answer.status().as_u16(), retry_after(answer.headers()));
@@ -1656,12 +1656,11 @@ impl Upstream {
             .timeout_connect(time)
             .max_idle_connections(UPSTREAMS_KEPT)
             .max_idle_connections_per_host(UPSTREAMS_KEPT);
-        let connector = DefaultConnector::new();
-        let calls = ureq::Agent::with_parts(calls.build(), connector, Lookup::default());
-        let connector = DefaultConnector::new().chain(Deadline(()));
+        let connector = || DefaultConnector::new().chain(Deadline(()));
+        let calls = ureq::Agent::with_parts(calls.build(), connector(), Lookup::default());
         Ok(Upstream {
             provider,
-            agent: ureq::Agent::with_parts(requests.build(), connector, Lookup::default()),
+            agent: ureq::Agent::with_parts(requests.build(), connector(), Lookup::default()),
             credential: Arc::new(Credential {
                 provider,
                 path: provider.path(&config.state_dir),

@@ -441,3 +441,32 @@ fn a_proxy_that_is_too_slow_is_504() {
     assert!(said.contains("through the proxy"), "{said}");
     end.advance();
 }
+
+/// The token call's own limit, 30 s, holds however often the proxy says a little.
+#[test]
+fn a_proxy_that_drips_ends_a_refresh() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
+    let proxy = listener.local_addr().expect("an address");
+    let drips = thread::spawn(move || -> io::Result<()> {
+        let mut wire = Wire::plain(listener.accept()?.0);
+        wire.head()?;
+        wire.send(b"HTTP/1.1 200 Connected\r\nx-wait: ")?;
+        for _ in 0..400 {
+            wire.send(b".")?;
+            thread::sleep(Duration::from_millis(200));
+        }
+        Ok(())
+    });
+    let up = Upstream::plain();
+    let setup = Setup::new(&up).save("claude", &up.login("claude", -10).claude());
+    let mux = setup
+        .provider(0, "token_url", "https://upstream.test")
+        .set("proxy", format!("http://{proxy}"))
+        .start();
+    let hung_up = drips.join().expect("the proxy ends");
+    hung_up.expect_err("80 s of a token call");
+    let answer = mux.message();
+    assert_eq!(answer.status, 503);
+    let said = answer.error();
+    assert!(said.contains("through the proxy"), "{said}");
+}
