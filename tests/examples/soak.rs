@@ -33,6 +33,8 @@ const STALL: Duration = Duration::from_secs(12);
 /// What memory may have grown by since the middle of the run, or the end of its first minute if that is later,
 /// in KiB, if a tenth is less: the allocator grows by steps until it has met each mixture, for six minutes or so.
 const GROWTH: usize = 2 << 10;
+/// What it may be at the end in any case, so that growth up to the middle is bounded, too.
+const CEILING: usize = 14 << 10;
 /// After a load: upstream connections are pooled for 15 s.
 const SETTLING: Duration = Duration::from_secs(20);
 /// After the requests that close those: how many workers are to spare depends on whether they met; idle ones end.
@@ -105,7 +107,7 @@ impl Soak {
         for (when, held) in [("before", &before), ("midway", &middle), ("after", &after)] {
             println!("{when:10} {}", shown(held));
         }
-        let most = middle.resident + GROWTH.max(middle.resident / 10);
+        let most = CEILING.min(middle.resident + GROWTH.max(middle.resident / 10));
         if after.resident > most {
             return Err(format!("memory is not back under {most} KiB"));
         }
