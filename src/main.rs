@@ -772,7 +772,9 @@ fn start_server(state_dir: &Path) -> io::Result<(Arc<tiny_http::Server>, UnixStr
     inner.write_all(TICKET)?;
     let ticket = server.recv_timeout(PICKUP_TIME)?;
     drop(ticket.ok_or(ErrorKind::TimedOut)?.into_writer());
-    Ok((Arc::new(server), inner))
+    let server = Arc::new(server);
+    std::mem::forget(server.clone()); // its end would connect to what has the name by then
+    Ok((server, inner))
 }
 
 impl Proxy {

@@ -408,6 +408,19 @@ fn a_state_dir_may_have_a_long_path() {
     assert_eq!(setup.start().message().status, 503);
 }
 
+/// At its end, tiny_http would connect to whoever has the name of its socket by then, and remove that.
+#[test]
+fn the_name_of_its_socket_is_free_again_once_it_has_started() {
+    let up = Upstream::plain();
+    let mut mux = Setup::bare(&up).start();
+    let inner = mux.state().join("inner");
+    fs::create_dir(&inner).expect("free");
+    let other = inner.join("socket");
+    fs::write(&other, "another's").expect("free");
+    mux.stop();
+    assert!(other.exists(), "removed at the end");
+}
+
 #[test]
 fn plain_http_may_go_to_each_loopback_address() {
     let up = Upstream::plain();
