@@ -2454,12 +2454,13 @@ fn headers(found: Mapping) -> Result<HeaderMap, String> {
         let name = name.as_str().unwrap_or_default();
         let key = HeaderName::try_from(name).ok();
         let key = key.filter(|key| !is_reserved(key.as_str()) && !headers.contains_key(key));
+        let key = key.filter(|_| headers.len() < FIELD_COUNT);
         let value = value.as_str().and_then(|v| HeaderValue::from_str(v).ok());
         let value = value.filter(|v| v.to_str().is_ok() && name.len() + v.len() < LINE_SIZE);
         let Some((key, value)) = key.zip(value) else {
             let other = |c: char| !c.is_ascii_alphanumeric() && !"-_".contains(c);
             let name = name.split(other).next().unwrap_or_default(); // a value could be behind it
-            let right = "a header that may be set, once, with a string of ASCII, below 8 KiB";
+            let right = "one of 100 at most that may be set, once, to ASCII below 8 KiB";
             return Err(format!("headers: {name:?} is not {right}"));
         };
         headers.insert(key, value);
@@ -2569,6 +2570,7 @@ const DURATION: Kind<Duration> = ("60s, 1h30m or the like, or seconds", |value| 
     // humantime also knows longer words, and days and up: only h, m, s, ms, us and ns pass.
     let short = |c: char| c.is_ascii_digit() || ". hmsun".contains(c);
     let text = value.as_str().filter(|text| text.chars().all(short));
+    let text = text.filter(|text| text.len() <= 20); // it panics on some that are longer
     let time = seconds.or_else(|| humantime::parse_duration(text?).ok())?;
     Some(time).filter(|time| !time.is_zero() && *time <= DURATION_MAX)
 });

@@ -193,6 +193,11 @@ const TABLE: &[(&str, &[&str])] = &[
     ("request_timeout: 2 days", &["request_timeout"]),
     ("request_timeout: 1month", &["request_timeout", "1month"]),
     ("request_timeout: 9000h", &["request_timeout", "9000h"]),
+    // On which humantime panics.
+    (
+        "request_timeout: 5124095576030431h15s1000ms",
+        &["request_timeout", "5124095576030431h"],
+    ),
     ("stream_idle_timeout: [1]", &["stream_idle_timeout"]),
     ("stream_idle_timeout: 0s", &["stream_idle_timeout"]),
     (
@@ -255,6 +260,22 @@ fn a_header_that_fits_no_request_is_no_header() {
     let (code, said) = run("wrong.yaml", &text);
     assert_eq!(code, 2, "{said}");
     assert!(said.contains("\"x-a\"") && said.contains("8 KiB"), "{said}");
+}
+
+/// A map of headers has a largest size, above which it panics.
+#[test]
+fn there_are_not_more_headers_than_a_request_may_have() {
+    let many: Vec<_> = (0..30_000).map(|n| format!("x-{n}: b")).collect();
+    let text = format!(
+        "providers: [{{name: claude, headers: {{{}}}}}]",
+        many.join(", ")
+    );
+    let (code, said) = run("wrong.yaml", &text);
+    assert_eq!(code, 2, "{said}");
+    assert!(
+        said.contains("\"x-100\"") && said.contains("100 at most"),
+        "{said}"
+    );
 }
 
 #[test]
