@@ -134,6 +134,8 @@ const UPSTREAMS_KEPT: usize = 32;
 const UPSTREAM_IDLE: Duration = Duration::from_secs(15);
 /// How long an upstream's addresses are used before they are looked up again.
 const LOOKUP_AGE: Duration = Duration::from_secs(30);
+/// For a new look-up, while the old addresses may serve.
+const LOOKUP_TIME: Duration = Duration::from_secs(2);
 /// A credential file; real ones have less than 10 KiB.
 const FILE_SIZE: u64 = 1 << 20;
 /// A file changed this recently may change again and keep the same time stamps.
@@ -1838,7 +1840,7 @@ fn is_loopback(uri: &http::Uri) -> bool {
 }
 
 /// Looks a name up for ureq, which asks before each request, even for a kept connection. What was
-/// found is good for `LOOKUP_AGE`, and for longer while new look-ups fail.
+/// found is good for `LOOKUP_AGE`, and for longer while new look-ups fail or take too long.
 #[derive(Debug, Default)]
 struct Lookup(Mutex<BTreeMap<String, (Instant, ResolvedSocketAddrs)>>);
 
@@ -1853,7 +1855,11 @@ impl Resolver for Lookup {
         {
             return Ok(addresses.clone());
         }
-        let found = DefaultResolver::default().resolve(uri, config, in_time(time));
+        let mut time = in_time(time);
+        if known.is_some() {
+            time.after = time.after.min(LOOKUP_TIME.into());
+        }
+        let found = DefaultResolver::default().resolve(uri, config, time);
         let mut found = found.or_else(|e| known.map(|(_, old)| old).ok_or(e))?;
         found.sort_by_key(SocketAddr::is_ipv6); // last: where it is broken, it costs a time-out
         lock(&self.0).insert(name, (Instant::now() + LOOKUP_AGE, found.clone()));

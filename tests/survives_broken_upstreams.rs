@@ -4,7 +4,9 @@
 mod common;
 use common::*;
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 use std::time::Instant;
@@ -475,5 +477,54 @@ fn a_name_that_is_known_needs_no_name_server() {
     for _ in 0..3 {
         assert_eq!(mux.message().text(), "fine");
         up.close_connections();
+    }
+}
+
+/// A name server that has every name at 127.0.0.1, until it is told to be silent; then it tells that it was asked.
+fn name_server(ip: &str, silent: Arc<AtomicBool>, asked: mpsc::Sender<()>) -> io::Result<()> {
+    let socket = UdpSocket::bind((ip, 53))?;
+    thread::spawn(move || {
+        let mut packet = [0; 512];
+        while let Ok((count, from)) = socket.recv_from(&mut packet) {
+            if silent.load(Ordering::SeqCst) {
+                let _ = asked.send(());
+                continue;
+            }
+            // The question is the end of the query (RFC 1035 section 4.1); the answer has it again.
+            let mut answer = packet[..count].to_vec();
+            answer[2..4].copy_from_slice(&[0x81, 0x80]);
+            if answer.ends_with(&[0, 1, 0, 1]) {
+                answer[7] = 1;
+                answer.extend(b"\xc0\x0c\0\x01\0\x01\0\0\0\0\0\x04\x7f\0\0\x01");
+            }
+            let _ = socket.send_to(&answer, from);
+        }
+    });
+    Ok(())
+}
+
+#[test]
+fn a_name_server_that_falls_silent_fails_no_request() {
+    let authority = Authority::new();
+    let up = Upstream::tls(&authority, |_, conn| conn.respond(200, &[], b"fine"));
+    let setup = Setup::new(&up).set("request_timeout", "8s");
+    let ip = format!("127.0.0.{}", 100 + std::process::id() % 100);
+    let conf = setup.write("resolv.conf", format!("nameserver {ip}\n"));
+    let (asked, second) = mpsc::channel();
+    let silent = Arc::new(AtomicBool::new(false));
+    let served = name_server(&ip, silent.clone(), asked).is_ok();
+    let script = setup::mounting(&conf, "/etc/resolv.conf").filter(|_| served);
+    let Some(script) = script else {
+        return say("SKIPPED: only root has a name server of its own");
+    };
+    let roots = setup.write("roots.pem", &authority.cert_pem);
+    let url = format!("https://upstream.test:{}", up.addr.port());
+    let setup = setup.provider(0, "base_url", url);
+    let mux = setup.env("SSL_CERT_FILE", roots).shell(&script).start();
+    assert_eq!(mux.message().text(), "fine");
+    silent.store(true, Ordering::SeqCst);
+    while second.try_recv().is_err() {
+        assert_eq!(mux.message().text(), "fine");
+        thread::sleep(Duration::from_millis(50));
     }
 }
