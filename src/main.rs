@@ -3,23 +3,24 @@
 //! keeps that one fresh and safely on disk, and streams the answer back as it comes.
 //!
 //! ```text
-//! client ══ TCP/TLS ══> gate, queue ── ticket ──> tiny_http ──> worker ──> ureq ══> upstream
-//!    ^                   │                                        │
-//!    │                   └─ parks the exchange ──────────────────> takes it: token, body,
-//!    └──────────────────────── answer, piece by piece ──────────── then gives the stream back
+//! client ══ TCP/TLS ══> gate, queue ── ticket ──> tiny_http ──> worker <══ ureq ══> upstream
+//!    ^                    │   ^                                  ^ │ ^
+//!    │                    └───│──── the exchange, parked ────────┘ │ └── token
+//!    │                        └──── verdict: the stream ───────────┤
+//!    └───────────────────────────── answer, piece by piece ────────┘
 //!
-//! credential file <══ refresh, in turn ══> token endpoint
+//! token <── credential file <══ refresh, in turn ══> token endpoint
 //! ```
 //!
 //! The **gate** is one thread that meets all clients: it takes in what they send without waiting
 //! for any one of them, and refuses what is malformed, has no token, or leads nowhere. A whole head
 //! becomes an **exchange**, which waits in the gate's queue until one of the **workers**, a pool of
 //! bounded size, is free. Then it is *parked*, and a ticket goes over the **inner connection** to
-//! tiny_http, which hands it to a worker. tiny_http sees nothing of a client: on the network it has
-//! no deadlines, hangs under a burst, and aborts on an absurd length. The worker takes the
-//! exchange, and may now block, within its deadlines: it alone reads the body and writes upstream's
-//! answer, and it ends with a **verdict** on what becomes of the client's stream. A **credential**
-//! is a provider's login; whoever finds it ageing, a worker or its **keeper** in the background,
+//! tiny_http, which hands tickets to workers, and is kept from the network: there it has no
+//! deadlines, hangs under a burst, and aborts on an absurd length. The worker takes the exchange,
+//! and may now block, within its deadlines: it alone reads the body and writes upstream's answer,
+//! and it ends with a **verdict** on what becomes of the client's stream. A **credential** is a
+//! provider's login; whoever finds it ageing, a worker or its **keeper** in the background,
 //! refreshes it, one at a time. A **reply** is an answer of ai-mux's own; everything else that a
 //! client hears, but for 100 Continue, comes from **upstream**.
 //!
@@ -85,9 +86,9 @@ const IDLE_TIME: Duration = Duration::from_secs(300);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// What is read from a client in one go: a head and a small body fit.
 const READ_SIZE: usize = 8 << 10;
-/// The least length of a user's token; a method is shorter, so that the log shows no token.
+/// The least length of a user's token; a method must be shorter, or the log could show one as such.
 const USER_TOKEN_LENGTH: usize = 16;
-/// The most of a path or a request id, and the longest header value, that the log shows.
+/// The most of a path or a request id, and the longest header name or value, that the log shows.
 const TEXT_SHOWN: usize = 200;
 /// A request body; both vendors refuse larger ones themselves.
 const BODY_SIZE: u64 = 64 << 20;
@@ -100,12 +101,12 @@ const BODY_RATE: u32 = 1 << 10;
 /// one silence in a request's body, may take.
 const PIECE_SIZE: usize = 16 << 10;
 const PIECE_TIME: Duration = Duration::from_secs(30);
-/// How often a write is tried that has no room: Linux tells of room only once a third of the
-/// socket's buffer is free, megabytes maybe, which takes a slow reader longer than `PIECE_TIME`.
+/// How often a write that found no room is tried again: Linux tells of room only once a third of
+/// the socket's buffer is free, megabytes maybe: for a slow reader, longer than `PIECE_TIME`.
 const RETRY_TIME: Duration = Duration::from_secs(1);
-/// How long, after its last answer, what a client still sends is drained, so that it reads that.
+/// How long what a client sends after its last answer is drained, so that it reads that answer.
 const LINGER_TIME: Duration = Duration::from_secs(2);
-/// For tiny_http to hand out what it is sent at start.
+/// For tiny_http to hand out the first ticket, at start.
 const PICKUP_TIME: Duration = Duration::from_secs(5);
 /// Workers started beyond those needed: one that already waits in `recv` takes a ticket sooner than
 /// one that is just finishing, by a fifth of a request's time.
@@ -114,7 +115,7 @@ const SPARE_WORKERS: usize = 3;
 const CHORE_INTERVAL: Duration = Duration::from_secs(5);
 /// Client connections beyond those that workers serve.
 const SPARE_CONNECTIONS: u64 = 1024;
-/// New connections that the kernel may queue for us, but for its own net.core.somaxconn; beyond
+/// New connections that the kernel may queue for us, unless its net.core.somaxconn is less; beyond
 /// that, clients wait for seconds, or are reset.
 const BACKLOG: i32 = 4096;
 /// Descriptors for listener, log, files, the inner connection and token calls; and per worker,
@@ -403,7 +404,6 @@ impl Gate {
         }
     }
 
-    /// How many connections there are.
     fn connection_count(&self) -> usize {
         self.connections.len() + self.queue.len() + self.busy
     }
@@ -420,15 +420,14 @@ impl Gate {
         sources.extend(clients.map(|tcp| PollFd::new(tcp, PollFlags::IN)));
         sources.extend(self.listener.iter().map(|l| PollFd::new(l, PollFlags::IN)));
         rustix::io::retry_on_intr(|| poll(&mut sources, time.as_ref()))?;
-        let ready = sources.iter().map(|source| !source.revents().is_empty());
-        let mut ready = ready.collect::<Vec<_>>().into_iter();
-        if ready.next() == Some(true) {
+        let ready: Vec<_> = sources.iter().map(|s| !s.revents().is_empty()).collect();
+        if ready[0] {
             let _ = (&self.wakes).read(&mut [0; 64]);
         }
-        for (stream, readable) in self.connections.iter_mut().zip(&mut ready) {
+        for (stream, readable) in self.connections.iter_mut().zip(&ready[1..]) {
             stream.must_read |= readable;
         }
-        Ok(ready.next() == Some(true))
+        Ok(ready.get(1 + self.connections.len()) == Some(&true))
     }
 
     fn accept(&mut self) -> io::Result<()> {
@@ -462,7 +461,7 @@ impl Gate {
             Ok(Some(head)) => (head, Ok(())),
             Ok(None) => return self.connections.push(stream),
             Err(end) if end.status == 0 => return debug!("peer={peer} closed: {}", end.message),
-            Err(reply) => (Head::default(), Err(reply)), // such a head is not kept alive
+            Err(reply) => (Head::default(), Err(reply)), // which keeps nothing alive
         };
         let mut exchange = Exchange::new(stream, head, self.proxy.config.request_timeout);
         let screened = read.and_then(|()| self.proxy.screen(&mut exchange));
@@ -519,7 +518,7 @@ fn descriptors(wanted: u64) -> (usize, usize) {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limits = getrlimit(Resource::Nofile);
     limits.current = limits.maximum;
-    let _ = setrlimit(Resource::Nofile, limits); // what came of it, the next line tells
+    let _ = setrlimit(Resource::Nofile, limits); // the next line tells what came of it
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let rest = limit.saturating_sub(SPARE_DESCRIPTORS);
     // Two clients for each: the one that it serves, and one that waits or asks for health.
@@ -617,7 +616,7 @@ impl Tls {
                 info!("tls: {} is in use", tls.files[0].display());
                 *self = tls;
             }
-            Err(e) if self.logged == (now, e.clone()) => {} // logged already; it may pass
+            Err(e) if self.logged == (now, e.clone()) => {} // logged already; tried until it passes
             Err(e) => {
                 error!("tls.{e}; the old certificate stays in use");
                 self.logged = (now, e);
@@ -648,7 +647,7 @@ struct Head {
 impl Head {
     /// Takes the head at the start of what is `buffered`, once it is whole.
     fn take(buffered: &mut VecDeque<u8>) -> Result<Option<Head>, Reply> {
-        // An empty line before a request is nothing (RFC 9112 section 2.2), one at each reading.
+        // An empty line before a request is ignored (RFC 9112 section 2.2), one at each reading.
         if buffered.iter().take(2).eq(b"\r\n") {
             buffered.drain(..2);
         }
@@ -775,7 +774,7 @@ fn start_server(state_dir: &Path) -> io::Result<(Arc<tiny_http::Server>, UnixStr
     let ticket = server.recv_timeout(PICKUP_TIME)?;
     drop(ticket.ok_or(ErrorKind::TimedOut)?.into_writer());
     let server = Arc::new(server);
-    std::mem::forget(server.clone()); // its end would connect to what has the name by then
+    std::mem::forget(server.clone()); // its Drop connects to whatever has the socket's name then
     Ok((server, inner))
 }
 
@@ -838,7 +837,7 @@ struct Exchange {
 struct Report {
     user: String,
     provider: &'static str,
-    /// The answer's status, 0 until it begins; and the bytes of its body.
+    /// The answer's status, 0 until it begins; its body's bytes; and how soon its head was sent.
     status: u16,
     bytes: u64,
     first: Option<Duration>,
@@ -868,7 +867,7 @@ impl Exchange {
             Ok(()) => (true, None),
             Err(end) if begun || end.status == 0 => (false, Some(end.message)),
             Err(reply) => {
-                last |= reply.status == 401; // nobody tries tokens on one connection
+                last |= reply.status == 401; // so that nobody tries one token after another on it
                 let (bytes, length) = reply.to_bytes(self.head.method == "HEAD", last);
                 (self.report.status, self.report.bytes) = (reply.status, length);
                 self.report.first = Some(self.started.elapsed());
@@ -895,21 +894,12 @@ impl Proxy {
     /// What the gate can tell by the head alone. `Ok`: it takes a worker; else the gate's own
     /// answer, which may be 200.
     fn screen(&self, exchange: &mut Exchange) -> Result<(), Reply> {
-        let has_token = |text: &[u8]| {
-            let text = text.to_ascii_lowercase(); // as the names of headers are
-            let holds = |user: &User| {
-                let token = user.token.expose().to_ascii_lowercase();
-                // As far as it can be shown; in constant time, as whoever asks is not known yet.
-                let mut parts = text.windows(token.len()).take(TEXT_SHOWN);
-                parts.any(|part| part.ct_eq(token.as_bytes()).into())
-            };
-            self.config.users.iter().any(holds)
-        };
-        if has_token(path_of(&exchange.head.target).as_bytes()) {
+        let users = &self.config.users;
+        if has_token(path_of(&exchange.head.target).as_bytes(), users) {
             exchange.head.target = "(a token)".into(); // which leads nowhere
         }
         let (head, peer) = (&exchange.head, exchange.stream.peer);
-        debug!("peer={peer} request: {}", shown(&head.fields, has_token));
+        debug!("peer={peer} request: {}", shown(&head.fields, users));
         // Answered without a token. Claude Code opens its connections with HEAD /claude/api/hello.
         let asked = (head.method.as_str(), path_of(&head.target));
         if let ("GET" | "HEAD", "/healthz")
@@ -1062,7 +1052,7 @@ struct Token {
     /// `None` serves until upstream answers 401.
     expires: Option<SystemTime>,
     account: Option<Secret>,
-    /// For the vendor's own tool.
+    /// The id_token, for the vendor's own tool.
     id: Option<Secret>,
 }
 
@@ -1149,22 +1139,23 @@ impl Credential {
 
     fn is_ready(&self) -> bool {
         let state = self.reload(false);
-        let fine = state.failure.is_none();
-        let usable = |t: &Token| t.lasts(Duration::ZERO) || t.refresh.is_some() && fine;
-        !matches!(state.failure, Some((_, None))) && state.token.as_ref().is_some_and(usable)
+        let usable = |token: &Token| match state.failure {
+            None => token.lasts(Duration::ZERO) || token.refresh.is_some(),
+            Some((_, until)) => token.lasts(Duration::ZERO) && until.is_some(),
+        };
+        state.token.as_ref().is_some_and(usable)
     }
 
     /// The keeper: looks at the login every `interval`, and when there is something to try again.
     fn keep(&self) {
         let mut next = Instant::now();
         while !lock(&self.state).stopping {
-            let failure = lock(&self.state).failure.clone();
-            let retry = failure.and_then(|(_, until)| until).unwrap_or(next);
-            if left_until(retry.min(next)).is_zero() {
+            let retry = lock(&self.state).failure.clone().and_then(|f| f.1);
+            if left_until(retry.unwrap_or(next).min(next)).is_zero() {
                 next = Instant::now() + self.interval;
                 let _ = catch_unwind(AssertUnwindSafe(|| self.look()));
             }
-            thread::sleep(self.interval.min(BACKOFF_MIN)); // no failure waits for less
+            thread::sleep(self.interval.min(BACKOFF_MIN)); // no back-off is shorter
         }
     }
 
@@ -1185,7 +1176,6 @@ impl Credential {
         }
     }
 
-    /// Refreshes a token that is due.
     fn refresh_if_due(&self, _turn: MutexGuard<()>, margin: Duration, rejected: Option<&Secret>) {
         // A closure, since `while let` would hold the lock for as long as its block.
         let due = || self.reload(true).due(margin, rejected).cloned();
@@ -1235,16 +1225,16 @@ impl Credential {
 
     /// Asks the token endpoint. Of its answer, only status and `error` word are ever shown.
     fn request_token(&self, old: &Token) -> Result<Token, RefreshError> {
-        let (provider, url, way) = (self.provider, &self.token_url, way(&self.agent));
-        let passing = |e: &dyn Display| (format!("{url}{way}: {e}"), Some(Duration::ZERO));
-        let mut form = json!({ "grant_type": "refresh_token", "client_id": provider.client_id });
-        form["refresh_token"] = old.refresh.as_ref().map(Secret::expose).into();
+        let (provider, url, via) = (self.provider, &self.token_url, via(&self.agent));
+        let passing = |e: &dyn Display| (format!("{url}{via}: {e}"), Some(Duration::ZERO));
+        let mut grant = json!({ "grant_type": "refresh_token", "client_id": provider.client_id });
+        grant["refresh_token"] = old.refresh.as_ref().map(Secret::expose).into();
         if let Some(scope) = provider.scope {
-            form["scope"] = scope.into();
+            grant["scope"] = scope.into();
         }
         WAIT_END.set(Instant::now() + REFRESH_TIME);
         let request = self.agent.post(url).content_type("application/json");
-        let mut answer = request.send(form.to_string()).map_err(|e| passing(&e))?;
+        let mut answer = request.send(grant.to_string()).map_err(|e| passing(&e))?;
         let (status, wait) = (answer.status().as_u16(), retry_after(answer.headers()));
         let mut text = Vec::new(); // of an answer that breaks off, too: its JSON may be whole
         let mut body = answer.body_mut().as_reader().take(REFRESH_SIZE);
@@ -1343,7 +1333,7 @@ impl Credential {
             File::open(target.parent().unwrap_or(Path::new("/")))?.sync_all()
         };
         let done = put();
-        let _ = fs::remove_file(&new); // none, once it is in place
+        let _ = fs::remove_file(&new); // gone already, if it was put in place
         done.map_err(failed)
     }
 
@@ -1400,31 +1390,29 @@ impl Credential {
     /// use, or, while our new login is unsaved, that one or the one spent for it. Over a spent one
     /// that is back, ours is to be saved.
     fn adopt(&self, state: &mut State, found: Result<Token, String>) {
-        let (name, refresh) = (self.provider.name, found.as_ref().ok().map(|t| &t.refresh));
-        if let Some((old, new, _)) = state.last.clone()
-            && refresh == Some(&old.refresh)
-            && !(state.unsaved || new.refresh == old.refresh)
-        {
-            // To spend it again would end the login: what it brought goes over it.
-            (state.token, state.unsaved) = (Some(new), true);
-            let why = "its file has the login again that was spent".into();
-            self.fail(state, why, Some(Duration::ZERO));
-        }
-        let known = match (&state.last, &found) {
-            (Some((old, new, _)), _) if state.unsaved => {
-                [&old.refresh, &new.refresh].map(Some).contains(&refresh)
+        let name = self.provider.name;
+        if let (Some((old, new, _)), Ok(token)) = (state.last.clone(), &found) {
+            let (spent, ours) = (token.refresh == old.refresh, token.refresh == new.refresh);
+            if state.unsaved && (spent || ours) {
+                return;
             }
-            (_, Ok(token)) => state.token.as_ref() == Some(token),
-            (_, Err(why)) => state.token.is_none() && state.failure == Some((why.clone(), None)),
-        };
-        if known {
+            if spent && !ours {
+                // To spend it again would end the login: what it brought goes over it.
+                (state.token, state.unsaved) = (Some(new), true);
+                let why = "its file has the login again that was spent".into();
+                return self.fail(state, why, Some(Duration::ZERO));
+            }
+        }
+        let failure = found.as_ref().err().map(|why| (why.clone(), None));
+        let same = state.token.as_ref() == found.as_ref().ok();
+        if same && !state.unsaved && (found.is_ok() || state.failure == failure) {
             return;
         }
         match &found {
             Ok(_) => info!("{name}: login read from {}", self.path.display()),
             Err(why) => warn!("{name}: {why}"),
         }
-        state.failure = found.as_ref().err().map(|why| (why.clone(), None));
+        state.failure = failure;
         (state.token, state.unsaved, state.backoff) = (found.ok(), false, Duration::ZERO);
     }
 
@@ -1453,10 +1441,10 @@ impl Credential {
         let json = serde_json::from_slice(&bytes).ok();
         let json = json.filter(|_| stamp(&self.path) == before);
         let torn = || self.unusable(ErrorKind::InvalidData, "is not whole JSON yet");
-        let (read, json) = before.zip(json).ok_or_else(torn)?;
+        let (seen, json) = before.zip(json).ok_or_else(torn)?;
         let empty = || self.unusable(ErrorKind::NotFound, "holds no login");
         let token = self.provider.token_in(&json).ok_or_else(empty)?;
-        Ok((read, json, token))
+        Ok((seen, json, token))
     }
 
     fn unusable(&self, kind: ErrorKind, what: &str) -> io::Error {
@@ -1629,7 +1617,7 @@ impl Provider {
         set(refresh, token.refresh.as_ref());
         set("id_token", token.id.as_ref());
         if let Some(old) = object.get_mut(expires) {
-            // Tools that share the file need a time: an hour, where nobody told one.
+            // Tools that share the file need a time: an hour, where none was told.
             let at = token.expires.unwrap_or(now + Duration::from_secs(3600));
             let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
             let was = old.as_f64().filter(|was| *was >= 1.0);
@@ -1640,7 +1628,6 @@ impl Provider {
     }
 }
 
-/// Head read, body not.
 type Answer = http::Response<ureq::Body>;
 
 struct Upstream {
@@ -1678,7 +1665,6 @@ impl Upstream {
         })
     }
 
-    /// Asks upstream.
     fn send(&self, url: &str, token: &Token, exchange: &mut Exchange) -> Result<Answer, Reply> {
         let request = self.outgoing(url, token, &exchange.head)?;
         WAIT_END.set(Instant::now() + exchange.timeout);
@@ -1697,8 +1683,8 @@ impl Upstream {
                 ureq::Error::Timeout(_) => (504, "did not answer within request_timeout".into()),
                 e => (502, format!("cannot be reached, or broke off: {e}")),
             };
-            let (at, way) = (&self.settings.base_url, way(&self.agent));
-            let reply = Reply::new(status, format!("{at}{way} {why}; try again"));
+            let (at, via) = (&self.settings.base_url, via(&self.agent));
+            let reply = Reply::new(status, format!("{at}{via} {why}; try again"));
             exchange.body_error.take().unwrap_or(reply)
         })
     }
@@ -1820,7 +1806,7 @@ fn proxy_for(uri: &http::Uri, config: &Config) -> Result<Option<ureq::Proxy>, St
 }
 
 /// A word for an agent's errors, which may be the proxy's.
-fn way(agent: &ureq::Agent) -> &'static str {
+fn via(agent: &ureq::Agent) -> &'static str {
     let proxy = agent.config().proxy();
     proxy.map_or("", |_| " (through the proxy)")
 }
@@ -1861,7 +1847,7 @@ impl Resolver for Lookup {
         }
         let found = DefaultResolver::default().resolve(uri, config, time);
         let mut found = found.or_else(|e| known.map(|(_, old)| old).ok_or(e))?;
-        found.sort_by_key(SocketAddr::is_ipv6); // last: where it is broken, it costs a time-out
+        found.sort_by_key(SocketAddr::is_ipv6); // IPv6 last: where broken, it costs a time-out
         lock(&self.0).insert(name, (Instant::now() + LOOKUP_AGE, found.clone()));
         Ok(found)
     }
@@ -1967,8 +1953,8 @@ impl Write for Socket {
         self.step(PollFlags::OUT, || (&self.tcp).write(bytes))
     }
 
-    /// All of rustls's records in one call: after a failure it makes no second one, and the alert
-    /// is the last record.
+    /// All of rustls's records in one call: after an error it makes only one, and the alert is the
+    /// last record.
     fn write_vectored(&mut self, records: &[IoSlice]) -> io::Result<usize> {
         self.step(PollFlags::OUT, || (&self.tcp).write_vectored(records))
     }
@@ -2013,7 +1999,7 @@ impl Stream {
             tls: tls.map(Box::new),
             buffered: VecDeque::new(),
             partial: false,
-            must_read: true,
+            must_read: false,
             draining: false,
         };
         stream.enter_gate()
@@ -2049,7 +2035,7 @@ impl Stream {
         now.unwrap_or(self.socket.deadline)
     }
 
-    /// Reads on in the gate, twice at most. Returns the next head, once it is whole.
+    /// Reads on in the gate, twice at most, for the others' sake: the next head, once it is whole.
     fn next_head(&mut self) -> Result<Option<Head>, Reply> {
         self.must_read = false;
         for _ in 0..2 {
@@ -2087,10 +2073,10 @@ impl Stream {
             };
             // Not rustls::Stream: it reads on for as long as records without data come.
             let shaking = tls.is_handshaking();
-            let (count, _) = tls.complete_io(&mut self.socket)?;
+            let (came, _) = tls.complete_io(&mut self.socket)?;
             let read = tls.reader().read(&mut chunk);
             let empty = matches!(&read, Err(e) if e.kind() == ErrorKind::WouldBlock);
-            self.partial = empty && (self.partial || count > 0 && !shaking);
+            self.partial = empty && (self.partial || came > 0 && !shaking);
             if !empty || !self.socket.blocking {
                 break read?;
             }
@@ -2265,7 +2251,7 @@ fn relay(answer: Answer, exchange: &mut Exchange, proxy: &Proxy) -> Outcome {
     };
     let (parts, body) = answer.into_parts();
     let peer = exchange.stream.peer;
-    debug!("peer={peer} answer: {}", shown(&parts.headers, |_| false));
+    debug!("peer={peer} answer: {}", shown(&parts.headers, &[]));
     if parts.status.is_informational() {
         return Err(Reply::new(502, "upstream answered 101 unasked; try again"));
     }
@@ -2281,7 +2267,7 @@ fn relay(answer: Answer, exchange: &mut Exchange, proxy: &Proxy) -> Outcome {
         WAIT_END.set(Instant::now() + proxy.config.stream_idle_timeout);
         let count = reader.read(&mut piece).map_err(broke)?;
         if proxy.cut.load(Ordering::SeqCst) {
-            return Err(broken("a stop"));
+            return Err(broken("a stop")); // `serve` says it in words
         }
         let size = format!("{count:x}\r\n");
         let framed: &[u8] = match chunked {
@@ -2369,8 +2355,8 @@ impl Config {
                 return Config::from_yaml(serde_json::from_str(text).map_err(unquoted)?);
             }
             let config = Config::from_yaml(serde_yaml::from_str(text).map_err(unquoted)?)?;
-            // Tags are refused, as JSON's values have none: `!secret x`, for others to look up, is
-            // not x. Only now, since the error names the field, which before could be anything.
+            // Tags are refused, as JSON's values have none: of `!secret x`, say, x is to be looked
+            // up elsewhere. Only now, as the error names the field, which before could be a secret.
             let tagged = |e: serde_yaml::Error| e.to_string().replace("type: enum", "type: a tag");
             serde_yaml::from_str::<Value>(text).map_err(tagged)?;
             Ok(config)
@@ -2383,7 +2369,7 @@ impl Config {
             stream_idle_timeout refresh_check_interval workers proxy tls";
         let file = &mut fields(file, known)?;
         let state_dir = field("state_dir", file, "~/.ai-mux", PATH)?;
-        // It is told to people who are elsewhere.
+        // Absolute, as messages tell it to people in other folders.
         let state_dir = std::path::absolute(state_dir).map_err(|e| format!("state_dir: {e}"))?;
         let mut entries = field("providers", file, Vec::<Yaml>::new(), LIST)?;
         if entries.is_empty() {
@@ -2466,7 +2452,7 @@ fn headers(found: Mapping) -> Result<HeaderMap, String> {
         let Some((key, value)) = key.zip(value) else {
             let other = |c: char| !c.is_ascii_alphanumeric() && !"-_".contains(c);
             let name = name.split(other).next().unwrap_or_default(); // a value could be behind it
-            let right = "one of 100 at most that may be set, once, to ASCII below 8 KiB";
+            let right = "a header that may be set: once, in ASCII, below 8 KiB, 100 in all";
             return Err(format!("headers: {name:?} is not {right}"));
         };
         headers.insert(key, value);
@@ -2489,14 +2475,15 @@ fn unquoted(e: impl Display) -> String {
     let text = e.to_string();
     let kinds = ["duplicate entry", "invalid type", "invalid value"].into_iter();
     let Some(at) = kinds.filter_map(|kind| text.find(kind)).min() else {
-        return text; // of its form, quoting nothing
+        return text; // about the syntax, quoting nothing
     };
     let (path, why) = text.split_at(at);
     let field = path.split(['.', '[', ':']).next().unwrap_or_default();
+    let twice = why.starts_with("duplicate");
     let letter = |b: u8| b == b'_' || b.is_ascii_lowercase();
-    let name = |key: &str| why.starts_with('d') && key.len() < 16 && key.bytes().all(letter);
+    let name = |key: &str| key.len() < USER_TOKEN_LENGTH && key.bytes().all(letter);
     let why = match why.split(['"', '`']).collect::<Vec<_>>()[..] {
-        [front, quoted, ..] if !name(quoted) => format!("{front}(not shown)"),
+        [front, quoted, ..] if !(twice && name(quoted)) => format!("{front}(not shown)"),
         [_] if why.contains("key ") => "duplicate entry (not shown)".into(), // a number
         _ => why.to_owned(),
     };
@@ -2576,7 +2563,7 @@ const DURATION: Kind<Duration> = ("60s, 1h30m or the like, or seconds", |value| 
     // humantime also knows longer words, and days and up: only h, m, s, ms, us and ns pass.
     let short = |c: char| c.is_ascii_digit() || ". hmsun".contains(c);
     let text = value.as_str().filter(|text| text.chars().all(short));
-    let text = text.filter(|text| text.len() <= 20); // it panics on some that are longer
+    let text = text.filter(|text| text.len() <= 20); // humantime panics on some longer ones
     let time = seconds.or_else(|| humantime::parse_duration(text?).ok())?;
     Some(time).filter(|time| !time.is_zero() && *time <= DURATION_MAX)
 });
@@ -2617,7 +2604,7 @@ const URL: Kind<String> = ("an https:// URL, or http:// to loopback", |value| {
     safe.then(|| text.to_owned())
 });
 
-/// A URL with scheme and host, and with a port that is one, if any.
+/// A URL with scheme and host, and with a valid port, if any.
 fn whole_uri(text: &str) -> Option<http::Uri> {
     let uri: http::Uri = text.parse().ok()?;
     let (host, port) = (uri.host().filter(|host| !host.is_empty())?, uri.port_u16());
@@ -2626,7 +2613,7 @@ fn whole_uri(text: &str) -> Option<http::Uri> {
 }
 
 // ─── replies ─────────────────────────────────────────────────────────────────────────────────
-// What a client hears from ai-mux itself, which says what to do; with status 0, only the log does.
+// Out: what a client hears from ai-mux itself, and in each message what to do.
 
 struct Reply {
     /// 0: nobody hears it, it is only logged, as the connection is broken off.
@@ -2732,11 +2719,11 @@ impl Exchange {
 
 /// Header fields for the log: the names of all but a long or secret one, the values of those that
 /// are known to hold neither a secret nor anything personal.
-fn shown(headers: &HeaderMap, has_token: impl Fn(&[u8]) -> bool) -> String {
+fn shown(headers: &HeaderMap, users: &[User]) -> String {
     const HARMLESS: &str = "accept accept-encoding anthropic-beta anthropic-version connection \
         content-encoding content-length content-type date request-id retry-after \
         transfer-encoding user-agent x-request-id x-should-retry";
-    let plain = |text: &[u8]| text.len() <= TEXT_SHOWN && !has_token(text);
+    let plain = |text: &[u8]| text.len() <= TEXT_SHOWN && !has_token(text, users);
     let headers = headers.iter().filter(|(name, _)| plain(name.as_ref()));
     let shown = headers.map(|(name, value)| {
         let harmless = HARMLESS.split(' ').any(|known| name == known);
@@ -2746,6 +2733,17 @@ fn shown(headers: &HeaderMap, has_token: impl Fn(&[u8]) -> bool) -> String {
         }
     });
     shown.collect::<Vec<_>>().join(", ")
+}
+
+/// Whether a text, as far as the log shows it, has a user's token in it: in any case, as the names
+/// of headers have none; in constant time, as whoever sent it is not known yet.
+fn has_token(text: &[u8], users: &[User]) -> bool {
+    let text = text.to_ascii_lowercase();
+    users.iter().any(|user| {
+        let token = user.token.expose().to_ascii_lowercase();
+        let mut parts = text.windows(token.len()).take(TEXT_SHOWN);
+        parts.any(|part| part.ct_eq(token.as_bytes()).into())
+    })
 }
 
 /// simple_logger, but for two things: the time, where the journal does not write it, and a

@@ -273,7 +273,7 @@ fn there_are_not_more_headers_than_a_request_may_have() {
     let (code, said) = run("wrong.yaml", &text);
     assert_eq!(code, 2, "{said}");
     assert!(
-        said.contains("\"x-100\"") && said.contains("100 at most"),
+        said.contains("\"x-100\"") && said.contains("100 in all"),
         "{said}"
     );
 }
