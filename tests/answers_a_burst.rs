@@ -56,6 +56,11 @@ fn open_connections_hold_no_worker() {
 
 #[test]
 fn exactly_as_many_as_workers_are_served_at_once() {
+    serves_at_once(3, |setup| setup.set("workers", 3));
+    serves_at_once(64, |setup| setup); // the default
+}
+
+fn serves_at_once(count: usize, with: fn(Setup) -> Setup) {
     let go = Steps::default();
     let held = go.clone();
     let up = Upstream::start(move |_, conn| {
@@ -64,11 +69,8 @@ fn exactly_as_many_as_workers_are_served_at_once() {
         held.wait(1);
         conn.finish()
     });
-    let mux = Setup::new(&up)
-        .set("workers", 3)
-        .set("request_timeout", "1s")
-        .start();
-    let mut busy: Vec<_> = (0..3).map(|_| mux.client()).collect();
+    let mux = with(Setup::new(&up).set("request_timeout", "1s")).start();
+    let mut busy: Vec<_> = (0..count).map(|_| mux.client()).collect();
     for client in &mut busy {
         client.request("POST", MESSAGES, &[BEARER], b"{}").head();
         assert_eq!(client.text(), "one");
@@ -81,7 +83,7 @@ fn exactly_as_many_as_workers_are_served_at_once() {
     );
     assert_eq!(full.header("x-should-retry"), None);
     full.error();
-    assert_eq!(up.requests().len(), 3);
+    assert_eq!(up.requests().len(), count);
     go.advance();
     for client in &mut busy {
         assert_eq!(client.piece().expect("a proper end"), None);

@@ -13,7 +13,7 @@ const LONG: Duration = Duration::from_secs(60);
 
 type Family = fn(&Mux, &Upstream);
 
-const FAMILIES: [(&str, Family); 11] = [
+const FAMILIES: [(&str, Family); 12] = [
     ("heads that stay half", half_sent_heads),
     ("heads that drip", dripped_heads),
     (
@@ -25,6 +25,7 @@ const FAMILIES: [(&str, Family); 11] = [
     ("bodies that drip", dripped_bodies),
     ("chunks that drip", dripped_chunks),
     ("answers that nobody reads", never_readers),
+    ("a head that is slow, but not too slow", slow_head),
     ("a body that is slow, but not too slow", slow_body),
     ("a reader that is slow, but not too slow", slow_reader),
     ("a reader that is slow, but never pauses", steady_reader),
@@ -48,6 +49,25 @@ fn an_empty_line_behind_a_body_leaves_the_connection_its_time() {
         let answer = client.request("POST", MESSAGES, &[BEARER], b"{}").answer();
         assert_eq!(answer.status, 200);
     }
+}
+
+/// The clock is a request of 15 s: a head and a body, which have 10, have been let go when it ends.
+#[test]
+fn a_head_and_a_body_are_let_go_before_a_longer_wait_is_over() {
+    let end = Steps::default();
+    let held = end.clone();
+    let up = Upstream::start(move |_, conn| {
+        held.wait(1);
+        conn.cut()
+    });
+    let mux = Setup::new(&up).set("request_timeout", "15s").start();
+    let (mut head, mut body, mut clock) = (mux.client(), mux.client(), mux.client());
+    head.send("GET / HT");
+    body.start("POST", MESSAGES, &[BEARER, ("content-length", "10")]);
+    clock.request("POST", MESSAGES, &[BEARER], b"{}");
+    assert_eq!(clock.answer().status, 504);
+    end.advance();
+    assert_eq!(mux.log_lines("status=408").len(), 2, "{}", mux.log());
 }
 
 #[test]
@@ -220,12 +240,28 @@ fn never_readers(mux: &Mux, up: &Upstream) {
     }
 }
 
-/// 14 s, at 1.5 KiB a second, which is more than the least.
+/// Over 5 s, of the 10 that there are from its first byte on.
+fn slow_head(mux: &Mux, _: &Upstream) {
+    let head = format!("GET {MESSAGES} HTTP/1.1\r\nhost: x\r\nx-api-key: {TOKEN}\r\n\r\n");
+    let mut clients = clients(mux, 4);
+    for piece in head.as_bytes().chunks(head.len().div_ceil(6)) {
+        for client in &mut clients {
+            client.send(piece);
+        }
+        thread::sleep(Duration::from_secs(1));
+    }
+    for client in &mut clients {
+        assert_eq!(client.answer().status, 200);
+    }
+}
+
+/// After a silence of 5 s, of the 10 that are free: 14 s, at 1.5 KiB a second, which is more than the least.
 fn slow_body(mux: &Mux, _: &Upstream) {
     let mut clients = clients(mux, 4);
     for client in &mut clients {
         client.start("POST", MESSAGES, &[BEARER, ("content-length", "21504")]);
     }
+    thread::sleep(Duration::from_secs(5));
     for _ in 0..28 {
         for client in &mut clients {
             client.send([b'x'; 768]);

@@ -448,9 +448,7 @@ fn a_file_that_is_rewritten_while_it_is_read() {
 /// is set back harms nothing.
 #[test]
 fn a_clock_that_jumps() {
-    let folders = ["x86_64-linux-gnu", "aarch64-linux-gnu", "."];
-    let library = folders.map(|folder| format!("/usr/lib/{folder}/faketime/libfaketimeMT.so.1"));
-    let Some(library) = library.into_iter().find(|path| Path::new(path).exists()) else {
+    let Some(library) = setup::faketime() else {
         return say("SKIPPED: libfaketime is not installed, so no clock can be set");
     };
     let up = Upstream::plain();

@@ -89,6 +89,48 @@ fn at_any_level_whatever_happens() {
     }
 }
 
+#[test]
+fn a_level_leaves_out_what_is_less_grave() {
+    for (level, warnings) in [("info", 1), ("warn", 1), ("error", 0)] {
+        let up = Upstream::plain();
+        let setup = Setup::new(&up).set("log_level", level);
+        let path = login::path(&setup.state(), "claude");
+        let loose = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+        std::fs::set_permissions(path, loose).expect("chmod");
+        let mut mux = setup.start_unheard();
+        assert_eq!(mux.message().status, 200);
+        assert_eq!(mux.stop(), 0);
+        assert_eq!(mux.log_lines("WARN").len(), warnings, "{level}");
+        assert_eq!(mux.log_lines("INFO").is_empty(), level != "info", "{level}");
+    }
+}
+
+/// At least what upstream took, as the client's own clock cannot be asked.
+#[test]
+fn the_line_tells_when_the_first_byte_came_and_when_the_last() {
+    let pause = || std::thread::sleep(std::time::Duration::from_millis(300));
+    let up = Upstream::start(move |_, conn| {
+        pause();
+        conn.stream(&[])?;
+        conn.chunk("one")?;
+        pause();
+        conn.finish()
+    });
+    let mux = Mux::start(&up);
+    mux.message();
+    mux.wait_log("total=");
+    let line = mux.log_lines("total=").remove(0);
+    let time = |name: &str| {
+        let text = line
+            .split(name)
+            .nth(1)
+            .and_then(|rest| rest.split("ms").next());
+        text.and_then(|text| text.parse::<u64>().ok())
+            .expect("milliseconds")
+    };
+    assert!(time(" first=") >= 300 && time(" total=") >= 600, "{line}");
+}
+
 /// As other relays have it. The path is in the log.
 #[test]
 fn a_token_in_the_path() {

@@ -83,6 +83,19 @@ fn what_the_file_leaves_out_is_read_from_the_token() {
     assert_eq!(up.refreshes().len(), 1);
 }
 
+/// Where the file and the token's claims say different things, the file's own fields hold.
+#[test]
+fn what_the_file_says_wins_over_the_tokens_claims() {
+    let up = Upstream::plain();
+    let mut login = up.login("chatgpt", -10); // as its token claims
+    login.account = "acct-of-the-file".to_owned();
+    login.expires = now() + 3600;
+    up.accept(&login);
+    let (_mux, access, account) = asked_with(&up, &login.flat());
+    assert_eq!((access, account), (login.access, login.account));
+    assert_eq!(up.refreshes().len(), 0);
+}
+
 /// With neither a field nor a claim the token serves until the upstream refuses it.
 #[test]
 fn a_token_that_does_not_say_when_it_expires_serves_until_a_401() {

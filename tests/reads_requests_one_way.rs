@@ -142,7 +142,7 @@ type Case = (&'static [u8], Result<&'static [u8], u16>);
 
 /// What was told apart by a search with a mistake planted in the program, or is told apart by other servers:
 /// the content of the body, or the status of the refusal.
-const CASES: [Case; 43] = [
+const CASES: [Case; 44] = [
     (b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", Ok(b"")),
     (b"\r\nGET / HTTP/1.1\r\nhost: x\r\n\r\n", Ok(b"")),
     (b"GET / HTTP/1.0\r\n\r\n", Ok(b"")),
@@ -164,6 +164,7 @@ const CASES: [Case; 43] = [
     (b"\r\n\r\nGET / HTTP/1.1\r\nhost: x\r\n\r\n", Err(400)),
     (b"\nGET / HTTP/1.1\r\nhost: x\r\n\r\n", Err(400)),
     // The request line and the fields.
+    (b"SIXTEEN-CAPITALS / HTTP/1.1\r\nhost: x\r\n\r\n", Err(400)),
     (b"GET  / HTTP/1.1\r\nhost: x\r\n\r\n", Err(400)),
     (b"GET / HTTP/1.1 \r\nhost: x\r\n\r\n", Err(400)),
     (b" GET / HTTP/1.1\r\nhost: x\r\n\r\n", Err(400)),

@@ -137,6 +137,8 @@ fn wait_until_saved(up: &Upstream, mux: &Mux) {
 fn what_could_not_be_written_is_written_at_the_next_look() {
     let up = Upstream::plain();
     let mux = unsaved(&up, Setup::new(&up).set("refresh_check_interval", "1s"));
+    // By the wait alone, which doubles from 5 s on, the fifth try would come after 75 s.
+    mux.wait_log_times("in memory only", 5);
     allow(&mux.state().join("claude"), 0o700);
     wait_until_saved(&up, &mux);
 }
@@ -377,7 +379,9 @@ fn a_token_that_was_replaced_just_before_is_not_spent() {
     let mut mux = setup.shell(&script).start();
     let drafted = || fs::read_dir(&folder).expect("a folder").count() > 1;
     let begun = Instant::now();
-    while !drafted() && begun.elapsed() < PATIENCE {}
+    while !drafted() && begun.elapsed() < PATIENCE {
+        thread::sleep(Duration::from_millis(1));
+    }
     let newer = up.login("claude", 3600);
     login::save(&mux.state(), "claude", &newer.claude());
     assert_eq!(mux.message().status, 200);

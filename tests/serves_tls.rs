@@ -56,6 +56,14 @@ fn versions_1_2_and_1_3_and_kept_connections() {
 }
 
 #[test]
+fn a_pair_that_is_not_enabled_is_not_looked_at() {
+    let up = Upstream::plain();
+    let tls = json!({"enabled": false, "cert_path": "/nowhere", "key_path": "/nowhere"});
+    let mux = Setup::new(&up).set("tls", tls).start();
+    assert_eq!(mux.message().text(), "fine");
+}
+
+#[test]
 fn every_form_of_a_key() {
     let up = Upstream::plain();
     let curve = Authority::new();
@@ -147,6 +155,20 @@ fn a_renewed_pair_is_used_and_a_broken_one_is_not() {
     wait_until_shown(&mux, &third);
     wait_for_chores();
     assert_eq!(mux.log_lines("cert.pem is in use").len(), 2);
+}
+
+/// Within 10 s: that is what a head has, and one that was begun behind the change is let go after it.
+#[test]
+fn a_renewed_pair_is_used_before_a_half_sent_head_is_let_go() {
+    let (first, second) = (Authority::new(), Authority::new());
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).tls(&first).start();
+    let mut slow = Client::tls(mux.addr, &first);
+    for (name, text) in [("cert.pem", &second.cert_pem), ("key.pem", &second.key_pem)] {
+        fs::write(mux.folder.0.join(name), text).expect("write a file");
+    }
+    assert_eq!(slow.send("GET / HT").answer().status, 408);
+    assert!(shows(&mux, &second));
 }
 
 /// It is tried again, and told once.

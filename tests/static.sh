@@ -114,7 +114,8 @@ try:
             break
     assert port, f"it did not start: {log}"
     # Or a full pipe would make it wait.
-    threading.Thread(target=lambda: log.extend(mux.stderr), daemon=True).start()
+    rest = threading.Thread(target=lambda: log.extend(mux.stderr), daemon=True)
+    rest.start()
 
     trusted = ssl.create_default_context(cafile=root / "ca.pem")
     link = trusted.wrap_socket(socket.create_connection(("127.0.0.1", port), 20), server_hostname="mux.ai-mux.test")
@@ -139,6 +140,9 @@ try:
 
     mux.send_signal(signal.SIGTERM)
     assert mux.wait(20) == 0, mux.returncode
+    rest.join(20)
+    secrets = ["access-old", "access-new", "refresh-old", "refresh-new", "0123456789abcdef-alice"]
+    assert not [secret for secret in secrets if secret in "".join(log)], "a secret in the log"
 except BaseException:
     print("".join(log), file=sys.stderr)
     raise

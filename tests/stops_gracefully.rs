@@ -52,7 +52,9 @@ fn a_running_stream_is_finished_and_idle_connections_are_closed() {
 #[test]
 fn a_stream_that_takes_too_long_is_broken_off() {
     let (up, go) = two_events();
-    let (mut mux, mut client) = running(&up, Setup::new(&up).set("workers", 1));
+    // Without an end of its own before: it would break off by itself if a stop took longer.
+    let setup = Setup::new(&up).set("stream_idle_timeout", "20s");
+    let (mut mux, mut client) = running(&up, setup.set("workers", 1));
     let mut waiting = mux.client();
     waiting.request("POST", MESSAGES, &[BEARER], b"{}");
     let health = mux.client().request("GET", "/healthz", &[], b"").answer();

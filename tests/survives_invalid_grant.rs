@@ -176,6 +176,7 @@ fn trouble_that_may_pass_is_waited_out() {
         ("chatgpt", 401),
         ("chatgpt", 403),
         ("chatgpt", 429),
+        ("chatgpt", 503),
         ("claude", 0),
         ("chatgpt", 0),
     ];
@@ -184,9 +185,12 @@ fn trouble_that_may_pass_is_waited_out() {
         let up = Upstream::plain();
         up.on_refresh(move |_, conn| match way {
             0 => conn.cut().map(|()| true),
-            status => conn
-                .respond(status, &[("content-type", "text/html")], b"<html>")
-                .map(|()| true),
+            // For ChatGPT these two end a login, but only with a word that says so; no other does, whatever it says.
+            400 | 401 => conn.respond(way, &[], b"<html>").map(|()| true),
+            status => {
+                let word = json!({"error": {"code": "refresh_token_reused"}});
+                conn.json(status, &word).map(|()| true)
+            }
         });
         let mux = Setup::new(&up)
             .save(provider, &up.login(provider, -10).file(provider))
@@ -318,4 +322,23 @@ fn a_retry_after_may_be_a_date() {
             "{wait:?}"
         );
     }
+}
+
+/// Up to five minutes: with a clock that runs a hundred times as fast, this takes seconds.
+#[test]
+fn the_wait_grows_to_five_minutes() {
+    let Some(library) = setup::faketime() else {
+        return say("SKIPPED: libfaketime is not installed, so no clock can be set");
+    };
+    let up = Upstream::plain();
+    refuse(&up, 500, json!({}));
+    let setup = Setup::new(&up).save("claude", &up.login("claude", -10).claude());
+    let setup = setup.env("LD_PRELOAD", library).env("FAKETIME", "+0 x100");
+    let mux = setup.start();
+    mux.wait_log_times("next try in 300s", 2);
+    assert!(
+        mux.log_lines("next try in 320s").is_empty(),
+        "{}",
+        mux.log()
+    );
 }

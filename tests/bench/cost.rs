@@ -24,9 +24,9 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Barrier, LazyLock};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
-use common::{Authority, Folder, Login, PATIENCE, TOKEN, login};
+use common::{Authority, Folder, Login, PATIENCE, TOKEN, login, setup};
 use rustix::event::epoll;
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
@@ -196,7 +196,7 @@ impl Bench {
     }
 
     fn nginx(&self, tls: bool) -> Way {
-        let address = free_address();
+        let address = setup::free_address();
         let folder = self.folder.0.join(format!("nginx-{}", address.port()));
         fs::create_dir_all(&folder).expect("create a folder"); // one before it may have had the port
         let config = folder.join("nginx.conf");
@@ -228,7 +228,7 @@ impl Bench {
     }
 
     fn ai_mux(&self, workers: Option<usize>, tls: bool) -> Way {
-        let address = free_address();
+        let address = setup::free_address();
         let folder = self.folder.0.join(format!("ai-mux-{}", address.port()));
         for provider in ["claude", "chatgpt"] {
             login::save(
@@ -236,10 +236,6 @@ impl Bench {
                 provider,
                 &Login::new(provider, 86_400).file(provider),
             );
-            // A login that has just been written would be read again for every request.
-            let file = fs::File::open(login::path(&folder, provider)).expect("open a login");
-            file.set_modified(SystemTime::now() - Duration::from_secs(3600))
-                .expect("age a login");
         }
         let mut text = format!(
             "listen: '{address}'\nstate_dir: '{}'\nusers: [{{name: bench, token: {TOKEN}}}]\nproviders:\n\
@@ -1094,13 +1090,6 @@ fn static_binary() -> Result<PathBuf, String> {
         "NOT the static build, which could not be made (rustup target add {target}; apt-get install musl-tools)"
     );
     Ok(dynamic)
-}
-
-/// A port that was free a moment ago.
-fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0")
-        .and_then(|listener| listener.local_addr())
-        .expect("a free port")
 }
 
 // ---- The table -----------------------------------------------------------------------------------------------------

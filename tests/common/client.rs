@@ -185,7 +185,21 @@ impl Answer {
         };
         assert_eq!(error["type"], kind, "{} {json}", self.status);
         assert!(error["param"].is_null() && error.len() == 4, "{json}");
-        assert!(error.contains_key("code"), "{json}");
+        let code = match self.status {
+            400 => "bad_request",
+            401 => "unauthorized",
+            403 => "forbidden",
+            404 => "not_found",
+            408 => "request_timeout",
+            413 => "payload_too_large",
+            426 => "upgrade_required",
+            431 => "request_header_fields_too_large",
+            502 => "bad_gateway",
+            503 => "service_unavailable",
+            504 => "gateway_timeout",
+            _ => "internal_server_error",
+        };
+        assert_eq!(error["code"], code, "{json}");
         error["message"].as_str().expect("a message").to_owned()
     }
 }

@@ -13,7 +13,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
-use std::{fs, io, thread};
+use std::{env, fs, io, thread};
 
 pub struct Setup {
     pub folder: Folder,
@@ -142,6 +142,8 @@ impl Setup {
             Command::new(binary())
         };
         command.env_clear().env("HOME", &self.folder.0);
+        // Where a script's own programs are, strace say, is known to whoever looked for them.
+        command.envs(env::var_os("PATH").map(|path| ("PATH", path)));
         command.envs(self.envs.iter().cloned());
         command
     }
@@ -193,7 +195,7 @@ fn answers(addr: SocketAddr) -> bool {
 }
 
 /// Below the ports that the kernel gives out by itself: one of those might be another test's before it is used.
-fn free_address() -> SocketAddr {
+pub fn free_address() -> SocketAddr {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let ports = (0..12_000).map(|_| {
         let next = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -239,4 +241,11 @@ pub fn under_strace(options: &str) -> Option<String> {
     tried
         .is_ok_and(|status| status.success())
         .then(|| format!("exec {strace} \"$@\""))
+}
+
+/// The library that sets a program's clock, where there is one: for `LD_PRELOAD`.
+pub fn faketime() -> Option<String> {
+    let folders = ["x86_64-linux-gnu", "aarch64-linux-gnu", "."];
+    let library = folders.map(|folder| format!("/usr/lib/{folder}/faketime/libfaketimeMT.so.1"));
+    library.into_iter().find(|path| Path::new(path).exists())
 }

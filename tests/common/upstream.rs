@@ -11,7 +11,8 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
-use std::thread;
+use std::time::{Duration, Instant};
+use std::{fs, thread};
 
 /// Answers one request. An error, or `conn.cut()`, ends the connection.
 pub type Script = dyn Fn(&Request, &mut Conn) -> io::Result<()> + Send + Sync;
@@ -191,10 +192,22 @@ impl Upstream {
         self.shared.accepted.load(Ordering::SeqCst)
     }
 
-    /// Ends every open connection, as a server does with idle ones.
+    /// Ends every open connection, as a server does with idle ones, and waits until the other side's kernel knows:
+    /// on a machine under load, what is sent next elsewhere could overtake that.
     pub fn close_connections(&self) {
         for socket in lock(&self.shared.sockets).values() {
             let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+        // Its own address, ours, its state: 01 is ESTABLISHED, so the end has not come yet (proc_net(5)).
+        let ours = format!(":{:04X}", self.addr.port());
+        let unheard = |line: &str| {
+            let words: Vec<_> = line.split_whitespace().take(4).collect();
+            matches!(words[..], [_, _, remote, "01"] if remote.ends_with(&ours))
+        };
+        let end = Instant::now() + PATIENCE;
+        while fs::read_to_string("/proc/net/tcp").is_ok_and(|all| all.lines().any(unheard)) {
+            assert!(Instant::now() < end, "nobody hears that they are closed");
+            thread::sleep(Duration::from_millis(1));
         }
     }
 }
@@ -203,7 +216,9 @@ impl Drop for Upstream {
     fn drop(&mut self) {
         self.shared.over.store(true, Ordering::SeqCst);
         let _ = TcpStream::connect(self.addr);
-        self.close_connections();
+        for socket in lock(&self.shared.sockets).values() {
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
     }
 }
 

@@ -94,7 +94,7 @@ fn lines(lines: Vec<&str>) -> Option<Head> {
     };
     let capitals = method.bytes().all(|b| b == b'-' || b.is_ascii_uppercase());
     if !capitals
-        || !(1..=32).contains(&method.len())
+        || !(1..16).contains(&method.len())
         || ["TRACE", "TRACK", "CONNECT"].contains(&method)
     {
         return None;
