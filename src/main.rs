@@ -1642,6 +1642,7 @@ impl Upstream {
         let (provider, time) = (settings.provider, Some(config.request_timeout));
         let calls = agent_config(config, roots, &settings.token_url)?
             .timeout_global(Some(REFRESH_TIME))
+            .timeout_connect(Some(REFRESH_TIME / 2)) // which a proxy's name may take once more
             .max_idle_connections(0);
         let requests = agent_config(config, roots, &settings.base_url)?
             .timeout_connect(time)
