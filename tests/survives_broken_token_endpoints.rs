@@ -335,3 +335,15 @@ fn health_tells_who_cannot_serve_for_now() {
     let ready = json!({"claude": "unavailable", "chatgpt": "ready"});
     assert_eq!(health.json()["providers"], ready);
 }
+
+#[test]
+fn health_counts_on_a_refresh_that_has_not_failed() {
+    let up = Upstream::plain();
+    let go = up.hold_refreshes();
+    let login = up.login("claude", -10).claude();
+    let mux = Setup::new(&up).save("claude", &login).start();
+    up.wait(1, Request::is_refresh);
+    let health = mux.client().request("GET", "/healthz", &[], b"").answer();
+    assert_eq!(health.json()["providers"]["claude"], "ready");
+    go.advance();
+}
