@@ -150,6 +150,8 @@ const REFRESH_SIZE: u64 = 64 << 10;
 /// An access token with less than this left is refreshed, but not within this time of the last
 /// refresh.
 const REFRESH_MARGIN: Duration = Duration::from_secs(60);
+/// Spent refresh tokens that are known again: of a year, mostly.
+const SPENT_COUNT: usize = 1000;
 /// What is believed of `expires_in`, in seconds.
 const LIFETIME_MIN: f64 = 60.0;
 const LIFETIME_MAX: f64 = 30.0 * 86400.0;
@@ -1005,7 +1007,7 @@ fn bearer_in(value: &HeaderValue) -> &[u8] {
 // read the file; to refresh or write it, a worker, the provider's keeper, or main at the end, waits
 // its turn.
 // What cannot happen: two refreshes at once, a new token used before a save was tried, a file half
-// written, a log-out, once seen, undone.
+// written, or made anew after a log-out.
 
 struct Credential {
     provider: &'static Provider,
@@ -1027,8 +1029,9 @@ struct State {
     seen: Option<Stamp>,
     /// Whether a file that looks like `seen` need not be read.
     settled: bool,
-    /// Of the last refresh: the token that was spent, what it brought, and when.
-    last: Option<(Token, Token, SystemTime)>,
+    /// Of the last refresh: the refresh tokens spent for it, the last one first, as each had been
+    /// brought by the one before; what it brought; and when.
+    last: Option<(Vec<Option<Secret>>, Token, SystemTime)>,
     /// Whether what it brought is still to be written to disk.
     unsaved: bool,
     /// The last wait after a failed refresh or save, but for a longer `Retry-After`.
@@ -1217,7 +1220,14 @@ impl Credential {
         }
         let new = self.request_token(old)?;
         let mut state = lock(&self.state);
-        (state.last, state.unsaved) = (Some((old.clone(), new, SystemTime::now())), true);
+        let mut spent = match state.last.take() {
+            Some((spent, last, _)) if last.refresh == old.refresh => spent,
+            _ => Vec::new(),
+        };
+        spent.insert(0, old.refresh.clone());
+        spent.dedup(); // where the endpoint keeps the token
+        spent.truncate(SPENT_COUNT);
+        (state.last, state.unsaved) = (Some((spent, new, SystemTime::now())), true);
         drop(state);
         self.save();
         Ok(())
@@ -1266,13 +1276,13 @@ impl Credential {
     /// Puts what is unsaved on disk, then into use; or only into use, if that fails.
     fn save(&self) {
         let state = lock(&self.state);
-        let Some((old, new, _)) = state.last.clone().filter(|_| state.unsaved) else {
+        let Some((spent, new, _)) = state.last.clone().filter(|_| state.unsaved) else {
             return;
         };
         drop(state);
-        let saved = self.write(&old, &new).or_else(|_| {
+        let saved = self.write(&spent, &new).or_else(|_| {
             thread::sleep(SAVE_PAUSE);
-            self.write(&old, &new)
+            self.write(&spent, &new)
         });
         let mut state = self.reload(true);
         match saved {
@@ -1291,11 +1301,11 @@ impl Credential {
     }
 
     /// Writes a new token into the file, unless that has another login; returns what it then has.
-    fn write(&self, old: &Token, new: &Token) -> Result<Token, String> {
+    fn write(&self, spent: &[Option<Secret>], new: &Token) -> Result<Token, String> {
         let (before, mut json, found) = self.read().map_err(|e| e.to_string())?;
         // It may be in place already, if its folder could not be synced.
         let placed = found.refresh == new.refresh && found.access == new.access;
-        if found.refresh == old.refresh && !placed {
+        if spent.contains(&found.refresh) && !placed {
             self.provider.edit(&mut json, new);
             self.replace(&json.to_string(), Some(before))?;
         }
@@ -1387,12 +1397,12 @@ impl Credential {
     }
 
     /// Takes what the file holds, a login or why there is none, unless that is no news: what is in
-    /// use, or, while our new login is unsaved, that one or the one spent for it. Over a spent one
-    /// that is back, ours is to be saved.
+    /// use, or, while our new login is unsaved, that one or one spent for it. Over a spent one that
+    /// is back, ours is to be saved.
     fn adopt(&self, state: &mut State, found: Result<Token, String>) {
         let name = self.provider.name;
-        if let (Some((old, new, _)), Ok(token)) = (state.last.clone(), &found) {
-            let (spent, ours) = (token.refresh == old.refresh, token.refresh == new.refresh);
+        if let (Some((spent, new, _)), Ok(token)) = (state.last.clone(), &found) {
+            let (spent, ours) = (spent.contains(&token.refresh), token.refresh == new.refresh);
             if state.unsaved && (spent || ours) {
                 return;
             }

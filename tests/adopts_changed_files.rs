@@ -325,6 +325,21 @@ fn a_login_that_was_spent_and_is_put_back_is_replaced_at_a_stop() {
     assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
 }
 
+/// Only what was spent for the login in use: another account's is whose file it is in, even if it is of no use.
+#[test]
+fn a_spent_login_of_another_account_is_not_written_over() {
+    let up = Upstream::plain();
+    let [first, second] = [up.login("claude", -10), up.login("claude", -10)];
+    let mux = Setup::new(&up).save("claude", &first.claude()).start();
+    used(&up, &mux);
+    login::save(&mux.state(), "claude", &second.claude());
+    used(&up, &mux);
+    assert_eq!((up.refreshes().len(), up.reused()), (2, 0));
+    login::save(&mux.state(), "claude", &first.claude());
+    assert_down(&mux, "invalid_grant");
+    assert_eq!(login::read(&mux.state(), "claude"), first.claude());
+}
+
 /// What wins is a login like any other: if it has expired, it is refreshed in its turn.
 #[test]
 fn an_expired_file_that_wins_is_refreshed() {

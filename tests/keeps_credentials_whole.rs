@@ -444,27 +444,31 @@ fn a_file_that_is_rewritten_while_it_is_read() {
     mux.assert_recovered(before, 64);
 }
 
-/// A laptop that slept: the token that was good for an hour has expired, all at once. And a clock that
-/// is set back harms nothing.
-#[test]
-fn a_clock_that_jumps() {
-    let Some(library) = setup::faketime() else {
-        return say("SKIPPED: libfaketime is not installed, so no clock can be set");
-    };
-    let up = Upstream::plain();
-    let setup = Setup::new(&up);
+/// A clock of its own, and what sets it.
+fn with_clock(setup: Setup) -> Option<(Setup, impl Fn(&str))> {
     let clock = setup.write("clock", "+0");
     let setup = setup
-        .env("LD_PRELOAD", library)
+        .env("LD_PRELOAD", setup::faketime()?)
         .env("FAKETIME_TIMESTAMP_FILE", &clock)
         .env("FAKETIME_NO_CACHE", "1")
         .env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
-    let mux = setup.start();
-    let jump = |to: &str| {
+    let jump = move |to: &str| {
         let new = format!("{clock}.new");
         fs::write(&new, to).expect("write a file");
         fs::rename(new, &clock).expect("set the clock");
     };
+    Some((setup, jump))
+}
+
+/// A laptop that slept: the token that was good for an hour has expired, all at once. And a clock that
+/// is set back harms nothing.
+#[test]
+fn a_clock_that_jumps() {
+    let up = Upstream::plain();
+    let Some((setup, jump)) = with_clock(Setup::new(&up)) else {
+        return say("SKIPPED: libfaketime is not installed, so no clock can be set");
+    };
+    let mux = setup.start();
     let ask = || {
         assert_eq!(mux.message().status, 200);
         up.requests().pop().expect("a request").bearer().to_owned()
@@ -488,4 +492,41 @@ fn a_clock_that_jumps() {
     assert_eq!((up.refreshes().len(), up.reused()), (2, 0));
     let [saved, _] = tokens("claude", &login::read(&mux.state(), "claude"));
     assert_eq!(saved, third);
+}
+
+/// However many refreshes have come since, and even while one is running: to spend it again would end the login.
+#[test]
+fn a_login_that_was_spent_long_ago_and_is_put_back() {
+    let up = Upstream::plain();
+    let old = up.login("claude", -10).claude();
+    let Some((setup, jump)) = with_clock(Setup::new(&up).save("claude", &old)) else {
+        return say("SKIPPED: libfaketime is not installed, so no clock can be set");
+    };
+    let mux = setup.start();
+    let put_back = || login::save(&mux.state(), "claude", &old);
+    let is_saved = |access: &str| {
+        wait_until("ours is in its place again", || {
+            tokens("claude", &login::read(&mux.state(), "claude"))[0] == access
+        })
+    };
+    for time in ["+0", "+20h", "+40h"] {
+        jump(time);
+        assert_eq!(mux.message().status, 200);
+    }
+    assert_eq!((up.refreshes().len(), up.reused()), (3, 0));
+    let third = up.requests().pop().expect("a request").bearer().to_owned();
+    put_back();
+    assert_eq!(mux.message().status, 200);
+    is_saved(&third);
+    let go = up.hold_refreshes();
+    jump("+60h");
+    let mut client = mux.client();
+    client.request("POST", MESSAGES, &[BEARER], b"{}");
+    up.wait(4, Request::is_refresh);
+    put_back();
+    go.advance();
+    assert_eq!(client.answer().status, 200);
+    let fourth = up.requests().pop().expect("a request").bearer().to_owned();
+    is_saved(&fourth);
+    assert_eq!((up.refreshes().len(), up.reused()), (4, 0));
 }
