@@ -1888,7 +1888,7 @@ impl<T: Transport> Connector<T> for Deadline<()> {
 /// `time`, or what is left until `WAIT_END` if less: `is_open` asks for no wait at all, and behind
 /// an HTTP proxy one `Deadline` is inside another.
 fn in_time(mut time: NextTimeout) -> NextTimeout {
-    // In tenths of a second: mostly the same again, so that the socket need not be set anew.
+    // In tenths of a second: over plain HTTP mostly the same again, and the socket is not set anew.
     let left = left_until(WAIT_END.get()).as_micros();
     let left = Duration::from_micros(left.next_multiple_of(100_000) as u64);
     time.after = time.after.min(left.into());
