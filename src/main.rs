@@ -2746,8 +2746,8 @@ fn shown(headers: &HeaderMap, users: &[User]) -> String {
     shown.collect::<Vec<_>>().join(", ")
 }
 
-/// Whether a text, as far as the log shows it, has a user's token in it: in any case, as the names
-/// of headers have none; in constant time, as whoever sent it is not known yet.
+/// Whether a text, as far as the log shows it, has a user's token in it; in lower case, too, as the
+/// names of headers are. In constant time: who sent it is not known yet.
 fn has_token(text: &[u8], users: &[User]) -> bool {
     let text = text.to_ascii_lowercase();
     users.iter().any(|user| {

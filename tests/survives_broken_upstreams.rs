@@ -458,6 +458,14 @@ fn one_that_does_not_take_the_body_is_504() {
     end.advance();
 }
 
+/// Claude's upstream has a name that is to be looked up, and so needs TLS.
+fn by_name(setup: Setup, up: &Upstream, authority: &Authority) -> Setup {
+    let roots = setup.write("roots.pem", &authority.cert_pem);
+    let url = format!("https://upstream.test:{}", up.addr.port());
+    let setup = setup.provider(0, "base_url", url);
+    setup.env("SSL_CERT_FILE", roots)
+}
+
 /// Names are looked up once in a while, not for each request: a name server may be slow, or wrong for a moment.
 #[test]
 fn a_name_that_is_known_needs_no_name_server() {
@@ -468,10 +476,7 @@ fn a_name_that_is_known_needs_no_name_server() {
     let Some(script) = setup::mounting(&hosts, "/etc/hosts") else {
         return say("SKIPPED: only root has an /etc/hosts of its own");
     };
-    let roots = setup.write("roots.pem", &authority.cert_pem);
-    let url = format!("https://upstream.test:{}", up.addr.port());
-    let setup = setup.provider(0, "base_url", url);
-    let mux = setup.env("SSL_CERT_FILE", roots).shell(&script).start();
+    let mux = by_name(setup, &up, &authority).shell(&script).start();
     assert_eq!(mux.message().text(), "fine");
     std::fs::write(&hosts, "127.0.0.2 upstream.test\n").expect("move the name");
     for _ in 0..3 {
@@ -517,10 +522,7 @@ fn a_name_server_that_falls_silent_fails_no_request() {
     let Some(script) = script else {
         return say("SKIPPED: only root has a name server of its own");
     };
-    let roots = setup.write("roots.pem", &authority.cert_pem);
-    let url = format!("https://upstream.test:{}", up.addr.port());
-    let setup = setup.provider(0, "base_url", url);
-    let mux = setup.env("SSL_CERT_FILE", roots).shell(&script).start();
+    let mux = by_name(setup, &up, &authority).shell(&script).start();
     assert_eq!(mux.message().text(), "fine");
     silent.store(true, Ordering::SeqCst);
     while second.try_recv().is_err() {
