@@ -2565,8 +2565,8 @@ const ADDRESS: Kind<(String, u16)> = ("\":PORT\" or \"HOST:PORT\"", |value| {
 });
 
 const LEVEL: Kind<LevelFilter> = ("debug, info, warn or error", |value| {
-    let known = ["debug", "info", "warn", "error"].contains(&value.as_str()?);
-    value.as_str()?.parse().ok().filter(|_| known)
+    let level = value.as_str()?.parse().ok(); // in capitals, too
+    level.filter(|level| (LevelFilter::Error..=LevelFilter::Debug).contains(level))
 });
 
 const DURATION: Kind<Duration> = ("60s, 1h30m or the like, or seconds", |value| {

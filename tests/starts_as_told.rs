@@ -83,6 +83,23 @@ fn json_and_yaml_say_the_same() {
     }
 }
 
+/// The forms that the Go program's documentation has; its reader took levels in capitals, too.
+#[test]
+fn a_file_for_the_go_program_works() {
+    let up = Upstream::plain();
+    let mux = start(&up, "config.yaml", |config| {
+        let [state_dir, providers, users] = ["state_dir", "providers", "users"].map(|k| &config[k]);
+        format!(
+            "# Server\nlisten: \"127.0.0.1:0\"\nstate_dir: {state_dir}\nlog_level: \"INFO\"\n\n\
+             # Providers\nproviders:\n  # - chatgpt\n  - {}\n\nusers:\n  - {}\n\n\
+             request_timeout: \"1m30s\"\nrefresh_check_interval: 600\n\n\
+             tls:\n  enabled: false\n  cert_path: \"\"\n  key_path: \"\"\n",
+            providers[0], users[0]
+        )
+    });
+    assert_eq!(mux.message().status, 200);
+}
+
 #[test]
 fn a_field_without_a_value_is_as_good_as_none() {
     let up = Upstream::plain();
