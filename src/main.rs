@@ -1787,7 +1787,7 @@ fn agent_config(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentCo
         .allow_non_standard_methods(true)
         .input_buffer_size(UPSTREAM_INPUT)
         .output_buffer_size(UPSTREAM_OUTPUT)
-        .max_response_header_size(UPSTREAM_INPUT - 1)
+        .max_response_header_size(UPSTREAM_INPUT) // held against a whole buffer behind a 1xx
         .max_idle_age(UPSTREAM_IDLE))
 }
 
@@ -2262,13 +2262,15 @@ fn relay(answer: Answer, exchange: &mut Exchange, proxy: &Proxy) -> Outcome {
     };
     let (parts, body) = answer.into_parts();
     let peer = exchange.stream.peer;
-    debug!("peer={peer} answer: {}", shown(&parts.headers, &[]));
+    let users = &proxy.config.users; // a client's token may come back
+    debug!("peer={peer} answer: {}", shown(&parts.headers, users));
     if parts.status.is_informational() {
         return Err(Reply::new(502, "upstream answered 101 unasked; try again"));
     }
     exchange.report.status = parts.status.as_u16();
     let request_id = parts.headers.get("request-id");
-    exchange.report.request_id = request_id.or(parts.headers.get("x-request-id")).cloned();
+    let request_id = request_id.or(parts.headers.get("x-request-id")).cloned();
+    exchange.report.request_id = request_id.filter(|id| !has_token(id.as_bytes(), users));
     let (head, chunked) = answer_head(&parts, &exchange.head);
     exchange.stream.write_piece(&head).map_err(gone)?;
     exchange.report.first = Some(exchange.started.elapsed());
@@ -2301,7 +2303,8 @@ fn relay(answer: Answer, exchange: &mut Exchange, proxy: &Proxy) -> Outcome {
 fn answer_head(parts: &Parts, request: &Head) -> (Vec<u8>, bool) {
     let (headers, status) = (&parts.headers, parts.status);
     let bodyless = request.method == "HEAD" || matches!(status.as_u16(), 204 | 304);
-    let sized = headers.contains_key(CONTENT_LENGTH) && Body::of(headers).is_ok();
+    // Nor may a 204 have a length (RFC 9110 section 8.6).
+    let sized = headers.contains_key(CONTENT_LENGTH) && Body::of(headers).is_ok() && status != 204;
     let chunked = !sized && !bodyless && !request.http10;
     let reason = status.canonical_reason().unwrap_or_default();
     let mut head = format!("HTTP/1.1 {} {reason}\r\n", status.as_str()).into_bytes();

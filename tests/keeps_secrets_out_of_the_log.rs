@@ -163,6 +163,22 @@ fn a_token_in_the_path() {
     assert!(!mux.log().contains(&name), "nor is the name of a header");
 }
 
+/// Some proxies send the client's request id back.
+#[test]
+fn a_token_that_comes_back_as_a_request_id() {
+    let up = Upstream::start(|req, conn| {
+        let id = req.head.get("x-request-id").unwrap_or_default();
+        conn.respond(429, &[("x-request-id", id)], b"slow down")
+    });
+    let mux = tempted(&up, "debug").start();
+    let ask = |id: &str| mux.ask("POST", MESSAGES, &[("x-request-id", id)], b"{}");
+    assert_eq!(ask(TOKEN).header("x-request-id"), Some(TOKEN));
+    assert_eq!(ask(&format!("id-{TOKEN}-1")).status, 429);
+    assert_eq!(ask("req_7").status, 429);
+    mux.wait_log("request-id=req_7");
+    assert_eq!(mux.log_lines("status=429").len(), 3);
+}
+
 #[test]
 fn when_a_token_endpoint_says_too_much() {
     for (status, body) in [

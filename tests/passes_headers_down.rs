@@ -169,6 +169,7 @@ fn a_connection_that_ends_says_so() {
 fn an_answer_without_a_body_leaves_the_connection_good() {
     let up = Upstream::start(|req, conn| match req.head.get("x-status") {
         Some("204") => conn.head(204, &[]),
+        Some("none of 5") => conn.head(204, &[("content-length", "5")]),
         Some("304") => conn.head(304, &[("etag", "x"), ("content-length", "5")]),
         Some("head") => conn.head(200, &[("content-length", "1234")]),
         Some("chunked") => conn.head(200, &[("transfer-encoding", "chunked")]),
@@ -179,6 +180,7 @@ fn an_answer_without_a_body_leaves_the_connection_good() {
     let mut client = mux.client();
     for (status, method, case) in [
         (204, "POST", "204"),
+        (204, "POST", "none of 5"),
         (304, "GET", "304"),
         (200, "HEAD", "head"),
         (200, "HEAD", "chunked"),
@@ -189,6 +191,10 @@ fn an_answer_without_a_body_leaves_the_connection_good() {
             .answer();
         assert_eq!((answer.status, answer.body.len()), (status, 0), "{case}");
         assert_eq!(answer.header("transfer-encoding"), None, "{case}");
+        if status == 204 {
+            // A length must not be sent (RFC 9110 section 8.6).
+            assert_eq!(answer.header("content-length"), None, "{case}");
+        }
         if case == "head" {
             assert_eq!(answer.header("content-length"), Some("1234"));
         }
@@ -218,6 +224,27 @@ fn trailers_and_interim_answers_are_dropped() {
             .status,
         200
     );
+}
+
+/// It comes in one piece with an answer that is larger than what is read in one go.
+#[test]
+fn an_interim_answer_hides_no_large_one() {
+    let up = Upstream::start(|req, conn| {
+        let interim = match req.head.get("x-way") {
+            Some("100") => "HTTP/1.1 100 Continue\r\n\r\n".to_owned(),
+            Some("103") => "HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n".to_owned(),
+            _ => "HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n".repeat(1000),
+        };
+        let head = "HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n";
+        let all = interim + head + &"x".repeat(100_000);
+        conn.wire.send(all.as_bytes())
+    });
+    let mux = Mux::start(&up);
+    for way in ["100", "103", "a thousand"] {
+        let answer = mux.ask("POST", MESSAGES, &[("x-way", way)], b"{}");
+        assert_eq!((answer.status, answer.body.len()), (200, 100_000), "{way}");
+    }
+    assert_eq!(up.connections(), 1);
 }
 
 /// On one upstream connection: what was small enough for the events of a stream is large enough for what follows.

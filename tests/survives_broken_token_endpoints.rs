@@ -225,6 +225,25 @@ fn what_is_odd_beside_the_tokens_costs_no_login() {
     });
 }
 
+/// It comes in one piece with an answer that is larger than what is read in one go.
+#[test]
+fn an_interim_answer_before_the_tokens_costs_no_login() {
+    let up = Upstream::plain();
+    let shared = up.shared.clone();
+    up.on_refresh(move |request, conn| {
+        let answer = shared.vendors.renew(request, 3600).expect("a new login");
+        let body = answer.to_string() + &" ".repeat(20_000);
+        let length = body.len();
+        let interim = "HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n";
+        let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n");
+        let all = [interim, &head, &body].concat();
+        conn.wire.send(all.as_bytes()).map(|()| true)
+    });
+    let setup = Setup::new(&up).save("claude", &up.login("claude", -10).claude());
+    assert_eq!(setup.start().message().status, 200);
+    assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+}
+
 /// A new token that is said to have expired already is used, and not refreshed over and over.
 #[test]
 fn an_expiry_in_the_past_starts_no_storm() {
