@@ -1237,11 +1237,9 @@ impl Credential {
     fn request_token(&self, old: &Token) -> Result<Token, RefreshError> {
         let (provider, url, via) = (self.provider, &self.token_url, via(&self.agent));
         let passing = |e: &dyn Display| (format!("{url}{via}: {e}"), Some(Duration::ZERO));
-        let mut grant = json!({ "grant_type": "refresh_token", "client_id": provider.client_id });
+        let mut grant: Value = provider.grant.iter().copied().collect();
+        grant["grant_type"] = "refresh_token".into();
         grant["refresh_token"] = old.refresh.as_ref().map(Secret::expose).into();
-        if let Some(scope) = provider.scope {
-            grant["scope"] = scope.into();
-        }
         WAIT_END.set(Instant::now() + REFRESH_TIME);
         let request = self.agent.post(url).content_type("application/json");
         let mut answer = request.send(grant.to_string()).map_err(|e| passing(&e))?;
@@ -1538,8 +1536,8 @@ struct Provider {
     prefix: &'static str,
     /// Added to `anthropic-beta`; without it, `anthropic-*` is dropped and the account is sent.
     beta: Option<&'static str>,
-    client_id: &'static str,
-    scope: Option<&'static str>,
+    /// What the token endpoint is told beside the refresh token.
+    grant: &'static [(&'static str, &'static str)],
     /// Whether an answer with this status and error word ends a login.
     is_terminal: fn(u16, &str) -> bool,
     file: &'static str,
@@ -1560,8 +1558,7 @@ static PROVIDERS: [Provider; 2] = [
         token_url: "https://platform.claude.com/v1/oauth/token",
         prefix: "/v1/",
         beta: Some("oauth-2025-04-20"),
-        client_id: "9d1c250a-e61b-44d9-88ed-5944d1962f5e",
-        scope: None,
+        grant: &[("client_id", "9d1c250a-e61b-44d9-88ed-5944d1962f5e")],
         is_terminal: |status, _| (400..500).contains(&status) && ![408, 429].contains(&status),
         file: ".credentials.json",
         object: "claudeAiOauth",
@@ -1574,8 +1571,10 @@ static PROVIDERS: [Provider; 2] = [
         token_url: "https://auth.openai.com/oauth/token",
         prefix: "/",
         beta: None,
-        client_id: "app_EMoamEEZ73f0CkXaXp7hrann",
-        scope: Some("openid profile email"),
+        grant: &[
+            ("client_id", "app_EMoamEEZ73f0CkXaXp7hrann"),
+            ("scope", "openid profile email"),
+        ],
         is_terminal: |status, word| {
             let spent = ["refresh_token_expired", "refresh_token_reused"].contains(&word);
             let ended = ["invalid_grant", "refresh_token_invalidated"].contains(&word);
