@@ -500,7 +500,7 @@ impl Gate {
             let (server, proxy) = (self.server.clone(), self.proxy.clone());
             let work = move || loop {
                 match server.recv() {
-                    Ok(ticket) => proxy.serve(ticket),
+                    Ok(ticket) => serve_next(&proxy, ticket),
                     Err(e) if e.kind() == ErrorKind::Other => return, // from `unblock`
                     Err(_) => {} // from accept(2), where nobody connects any more
                 }
@@ -780,23 +780,21 @@ fn start_server(state_dir: &Path) -> io::Result<(Arc<tiny_http::Server>, UnixStr
     Ok((server, inner))
 }
 
-impl Proxy {
-    /// Serves the exchange that has been parked longest.
-    fn serve(&self, ticket: tiny_http::Request) {
-        let exchange = lock(&self.parked).pop_front();
-        let handle = |exchange: &mut Exchange| {
-            self.handle(exchange).map_err(|mut end| {
-                if self.cut.load(Ordering::SeqCst) {
-                    end.message = "a stop of ai-mux cut it short; try again".into();
-                }
-                end
-            })
-        };
-        let verdict = exchange.and_then(|e| fence(e, handle));
-        lock(&self.verdicts).push(verdict);
-        drop(ticket.into_writer()); // or tiny_http would answer the ticket, with a 500
-        let _ = (&self.waker).write(&[0]);
-    }
+/// Serves the exchange that has been parked longest.
+fn serve_next(proxy: &Proxy, ticket: tiny_http::Request) {
+    let exchange = lock(&proxy.parked).pop_front();
+    let handle = |exchange: &mut Exchange| {
+        proxy.handle(exchange).map_err(|mut end| {
+            if proxy.cut.load(Ordering::SeqCst) {
+                end.message = "a stop of ai-mux cut it short; try again".into();
+            }
+            end
+        })
+    };
+    let verdict = exchange.and_then(|e| fence(e, handle));
+    lock(&proxy.verdicts).push(verdict);
+    drop(ticket.into_writer()); // or tiny_http would answer the ticket, with a 500
+    let _ = (&proxy.waker).write(&[0]);
 }
 
 /// Brings an exchange to its verdict, whatever happens: a panic is 500 if nothing was sent yet,
@@ -879,7 +877,7 @@ impl Exchange {
                 }
             }
         };
-        self.log(ended);
+        log_line(&self, ended);
         if whole && last {
             self.stream.half_close();
         }
@@ -2279,7 +2277,7 @@ fn relay(answer: Answer, exchange: &mut Exchange, proxy: &Proxy) -> Outcome {
         WAIT_END.set(Instant::now() + proxy.config.stream_idle_timeout);
         let count = reader.read(&mut piece).map_err(broke)?;
         if proxy.cut.load(Ordering::SeqCst) {
-            return Err(broken("a stop")); // `serve` says it in words
+            return Err(broken("a stop")); // `serve_next` says it in words
         }
         let size = format!("{count:x}\r\n");
         let framed: &[u8] = match chunked {
@@ -2703,31 +2701,29 @@ fn body_too_large() -> Reply {
 // In: records of this program and its crates. Out: lines on standard error. No secret gets here;
 // what a client chose does only if it was checked or escaped.
 
-impl Exchange {
-    /// One line per request.
-    fn log(&self, ended: Option<String>) {
-        let (peer, head, report) = (self.stream.peer, &self.head, &self.report);
-        let path = path_of(&head.target);
-        let path = path.get(..TEXT_SHOWN).unwrap_or(path); // ASCII, says the gate
-        let words = [&report.user, report.provider, &head.method, path];
-        let [user, provider, method, path] = words.map(|w| if w.is_empty() { "-" } else { w });
-        let (status, bytes, first) = (report.status, report.bytes, report.first);
-        let first = first.map_or("-".into(), |first| format!("{}ms", first.as_millis()));
-        let total = self.started.elapsed().as_millis();
-        let mut line = format!(
-            "peer={peer} user={user} provider={provider} method={method} path={path} \
+/// One line per request.
+fn log_line(exchange: &Exchange, ended: Option<String>) {
+    let (peer, head, report) = (exchange.stream.peer, &exchange.head, &exchange.report);
+    let path = path_of(&head.target);
+    let path = path.get(..TEXT_SHOWN).unwrap_or(path); // ASCII, says the gate
+    let words = [&report.user, report.provider, &head.method, path];
+    let [user, provider, method, path] = words.map(|w| if w.is_empty() { "-" } else { w });
+    let (status, bytes, first) = (report.status, report.bytes, report.first);
+    let first = first.map_or("-".into(), |first| format!("{}ms", first.as_millis()));
+    let total = exchange.started.elapsed().as_millis();
+    let mut line = format!(
+        "peer={peer} user={user} provider={provider} method={method} path={path} \
              status={status} bytes={bytes} first={first} total={total}ms"
-        );
-        if let Some(id) = report.request_id.as_ref().filter(|_| status >= 400) {
-            let id = id.to_str().unwrap_or_default();
-            let id = id.get(..TEXT_SHOWN).unwrap_or(id);
-            line += &format!(" request-id={}", id.replace([' ', '"', '\t'], "?"));
-        }
-        if let Some(why) = ended {
-            line += &format!(" ended={why:?}");
-        }
-        info!("{line}");
+    );
+    if let Some(id) = report.request_id.as_ref().filter(|_| status >= 400) {
+        let id = id.to_str().unwrap_or_default();
+        let id = id.get(..TEXT_SHOWN).unwrap_or(id);
+        line += &format!(" request-id={}", id.replace([' ', '"', '\t'], "?"));
     }
+    if let Some(why) = ended {
+        line += &format!(" ended={why:?}");
+    }
+    info!("{line}");
 }
 
 /// Header fields for the log: the names of all but a long or secret one, the values of those that
