@@ -196,8 +196,8 @@ fn run() -> Result<(), (u8, String)> {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     let words: Vec<_> = arguments.iter().map(|a| a.to_str()).collect();
     let config = match words[..] {
-        [] => Config::from_yaml(Yaml::Null),
-        [Some("--config"), _] => Config::load(Path::new(&arguments[1])),
+        [] => config(Yaml::Null),
+        [Some("--config"), _] => load_config(Path::new(&arguments[1])),
         [Some("--help")] => return print(HELP),
         [Some("--version")] => return print(concat!("ai-mux ", env!("CARGO_PKG_VERSION"), "\n")),
         _ => Err("expected --config PATH; see --help".into()),
@@ -2357,65 +2357,63 @@ struct User {
     token: Secret,
 }
 
-impl Config {
-    fn load(path: &Path) -> Result<Config, String> {
-        let read = || -> Result<Config, String> {
-            let text = fs::read_to_string(path).map_err(|e| e.to_string())?;
-            let text = text.trim_start_matches('\u{feff}');
-            if path.extension().is_some_and(|end| end == "json") {
-                return Config::from_yaml(serde_json::from_str(text).map_err(unquoted)?);
-            }
-            let config = Config::from_yaml(serde_yaml::from_str(text).map_err(unquoted)?)?;
-            // Tags are refused, as JSON's values have none: of `!secret x`, say, x is to be looked
-            // up elsewhere. Only now, as the error names the field, which before could be a secret.
-            let tagged = |e: serde_yaml::Error| e.to_string().replace("type: enum", "type: a tag");
-            serde_yaml::from_str::<Value>(text).map_err(tagged)?;
-            Ok(config)
-        };
-        read().map_err(|e| format!("{}: {e}", path.display()).replace(char::is_control, " "))
-    }
+fn load_config(path: &Path) -> Result<Config, String> {
+    let read = || -> Result<Config, String> {
+        let text = fs::read_to_string(path).map_err(|e| e.to_string())?;
+        let text = text.trim_start_matches('\u{feff}');
+        if path.extension().is_some_and(|end| end == "json") {
+            return config(serde_json::from_str(text).map_err(unquoted)?);
+        }
+        let config = config(serde_yaml::from_str(text).map_err(unquoted)?)?;
+        // Tags are refused, as JSON's values have none: of `!secret x`, say, x is to be looked
+        // up elsewhere. Only now, as the error names the field, which before could be a secret.
+        let tagged = |e: serde_yaml::Error| e.to_string().replace("type: enum", "type: a tag");
+        serde_yaml::from_str::<Value>(text).map_err(tagged)?;
+        Ok(config)
+    };
+    read().map_err(|e| format!("{}: {e}", path.display()).replace(char::is_control, " "))
+}
 
-    fn from_yaml(file: Yaml) -> Result<Config, String> {
-        let known = "listen state_dir log_level providers users request_timeout \
+fn config(file: Yaml) -> Result<Config, String> {
+    let known = "listen state_dir log_level providers users request_timeout \
             stream_idle_timeout refresh_check_interval workers proxy tls";
-        let file = &mut fields(file, known)?;
-        let state_dir = field("state_dir", file, "~/.ai-mux", PATH)?;
-        // Absolute, as messages tell it to people in other folders.
-        let state_dir = std::path::absolute(state_dir).map_err(|e| format!("state_dir: {e}"))?;
-        let mut entries = field("providers", file, Vec::<Yaml>::new(), LIST)?;
-        if entries.is_empty() {
-            // One that cannot be looked at is there: it answers 503 and says why.
-            let there = |p: &&Provider| !matches!(p.path(&state_dir).try_exists(), Ok(false));
-            entries.extend(PROVIDERS.iter().filter(there).map(|p| p.name.into()));
-        }
-        let providers: Result<Vec<_>, _> = entries.into_iter().map(provider).collect();
-        let providers = providers.map_err(|e| format!("providers: {e}"))?;
-        let count = |name| providers.iter().filter(|p| p.provider.name == name).count();
-        if let Some(Provider { name, .. }) = PROVIDERS.iter().find(|p| count(p.name) > 1) {
-            return Err(format!("providers: found {name} twice, expected each once"));
-        }
-        let entries = field("users", file, Vec::<Yaml>::new(), LIST)?;
-        let users: Result<Vec<_>, _> = entries.into_iter().map(user).collect();
-        let users = users.map_err(|e| format!("users: {e}"))?;
-        let same = |a: &User, b: &User| a.name == b.name || a.token == b.token;
-        let twice = |a: &&User| users.iter().filter(|b| same(a, b)).count() > 1;
-        if let Some(User { name, .. }) = users.iter().find(twice) {
-            return Err(format!("users: {name:?} or its token twice, expected once"));
-        }
-        Ok(Config {
-            listen: field("listen", file, ":8080", ADDRESS)?,
-            state_dir,
-            log_level: field("log_level", file, "info", LEVEL)?,
-            providers,
-            users,
-            request_timeout: field("request_timeout", file, "60s", DURATION)?,
-            stream_idle_timeout: field("stream_idle_timeout", file, "5m", DURATION)?,
-            refresh_check_interval: field("refresh_check_interval", file, "10m", INTERVAL)?,
-            workers: field("workers", file, 64, WORKERS)?,
-            proxy: field("proxy", file, "", PROXY)?,
-            tls: tls(field("tls", file, Mapping::new(), MAP)?).map_err(|e| format!("tls.{e}"))?,
-        })
+    let file = &mut fields(file, known)?;
+    let state_dir = field("state_dir", file, "~/.ai-mux", PATH)?;
+    // Absolute, as messages tell it to people in other folders.
+    let state_dir = std::path::absolute(state_dir).map_err(|e| format!("state_dir: {e}"))?;
+    let mut entries = field("providers", file, Vec::<Yaml>::new(), LIST)?;
+    if entries.is_empty() {
+        // One that cannot be looked at is there: it answers 503 and says why.
+        let there = |p: &&Provider| !matches!(p.path(&state_dir).try_exists(), Ok(false));
+        entries.extend(PROVIDERS.iter().filter(there).map(|p| p.name.into()));
     }
+    let providers: Result<Vec<_>, _> = entries.into_iter().map(provider).collect();
+    let providers = providers.map_err(|e| format!("providers: {e}"))?;
+    let count = |name| providers.iter().filter(|p| p.provider.name == name).count();
+    if let Some(Provider { name, .. }) = PROVIDERS.iter().find(|p| count(p.name) > 1) {
+        return Err(format!("providers: found {name} twice, expected each once"));
+    }
+    let entries = field("users", file, Vec::<Yaml>::new(), LIST)?;
+    let users: Result<Vec<_>, _> = entries.into_iter().map(user).collect();
+    let users = users.map_err(|e| format!("users: {e}"))?;
+    let same = |a: &User, b: &User| a.name == b.name || a.token == b.token;
+    let twice = |a: &&User| users.iter().filter(|b| same(a, b)).count() > 1;
+    if let Some(User { name, .. }) = users.iter().find(twice) {
+        return Err(format!("users: {name:?} or its token twice, expected once"));
+    }
+    Ok(Config {
+        listen: field("listen", file, ":8080", ADDRESS)?,
+        state_dir,
+        log_level: field("log_level", file, "info", LEVEL)?,
+        providers,
+        users,
+        request_timeout: field("request_timeout", file, "60s", DURATION)?,
+        stream_idle_timeout: field("stream_idle_timeout", file, "5m", DURATION)?,
+        refresh_check_interval: field("refresh_check_interval", file, "10m", INTERVAL)?,
+        workers: field("workers", file, 64, WORKERS)?,
+        proxy: field("proxy", file, "", PROXY)?,
+        tls: tls(field("tls", file, Mapping::new(), MAP)?).map_err(|e| format!("tls.{e}"))?,
+    })
 }
 
 /// A provider may be just its name.
