@@ -269,7 +269,7 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
 // after a last answer.
 
 struct Gate {
-    proxy: Arc<Proxy>,
+    proxy: &'static Proxy,
     /// Until a signal comes.
     listener: Option<TcpListener>,
     tls: Option<Tls>,
@@ -280,7 +280,7 @@ struct Gate {
     /// Exchanges that wait for a worker.
     queue: Vec<Exchange>,
     /// tiny_http, and the connection on which it gets a ticket for each exchange.
-    server: Arc<tiny_http::Server>,
+    server: &'static tiny_http::Server,
     inner: UnixStream,
     /// How many workers there may be, how many there are, and how many of them have an exchange.
     workers: usize,
@@ -304,19 +304,19 @@ impl Gate {
         let roots = roots()?;
         let settings = std::mem::take(&mut config.providers).into_iter();
         let upstreams = settings.map(|each| Upstream::new(each, &config, &roots));
-        let proxy = Arc::new(Proxy {
+        // For all threads, as long as the process lives.
+        let proxy: &'static _ = Box::leak(Box::new(Proxy {
             upstreams: upstreams.collect::<Result<_, _>>()?,
             config,
             parked: Mutex::default(),
             verdicts: Mutex::default(),
             waker,
             cut: AtomicBool::new(false),
-        });
+        }));
         let refused = |e| format!("open a socket in state_dir or TMPDIR: {e}");
         let (server, inner) = start_server(&proxy.config.state_dir).map_err(refused)?;
         for upstream in &proxy.upstreams {
-            let credential = upstream.credential.clone();
-            spawn("keeper", move || credential.keep()).map_err(failed)?;
+            spawn("keeper", move || upstream.credential.keep()).map_err(failed)?;
         }
         let address = listener.local_addr().map_err(failed)?;
         if proxy.config.users.is_empty() && !address.ip().is_loopback() {
@@ -497,10 +497,10 @@ impl Gate {
     fn start_workers(&mut self) {
         let wanted = self.busy + self.queue.len() + SPARE_WORKERS;
         while self.running < wanted.min(self.workers) {
-            let (server, proxy) = (self.server.clone(), self.proxy.clone());
+            let (server, proxy) = (self.server, self.proxy);
             let work = move || loop {
                 match server.recv() {
-                    Ok(ticket) => serve_next(&proxy, ticket),
+                    Ok(ticket) => serve_next(proxy, ticket),
                     Err(e) if e.kind() == ErrorKind::Other => return, // from `unblock`
                     Err(_) => {} // from accept(2), where nobody connects any more
                 }
@@ -759,7 +759,7 @@ const TICKET: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
 /// Starts tiny_http, and proves the inner connection with a first ticket. Its ends meet at a socket
 /// in a private folder, removed at once: in `state_dir`, or with the temporary files where that is
 /// read-only or its path too long for a socket address (107 bytes, unix(7)).
-fn start_server(state_dir: &Path) -> io::Result<(Arc<tiny_http::Server>, UnixStream)> {
+fn start_server(state_dir: &Path) -> io::Result<(&'static tiny_http::Server, UnixStream)> {
     let meet = |folder: PathBuf| {
         let socket = folder.join("socket");
         let remove = || fs::remove_file(&socket).and(fs::remove_dir(&folder));
@@ -775,9 +775,8 @@ fn start_server(state_dir: &Path) -> io::Result<(Arc<tiny_http::Server>, UnixStr
     inner.write_all(TICKET)?;
     let ticket = server.recv_timeout(PICKUP_TIME)?;
     drop(ticket.ok_or(ErrorKind::TimedOut)?.into_writer());
-    let server = Arc::new(server);
-    std::mem::forget(server.clone()); // its Drop connects to whatever has the socket's name then
-    Ok((server, inner))
+    // Never dropped: its Drop would connect to whatever has the socket's name then.
+    Ok((Box::leak(Box::new(server)), inner))
 }
 
 /// Serves the exchange that has been parked longest.
@@ -1641,7 +1640,7 @@ struct Upstream {
     provider: &'static Provider,
     settings: ProviderSettings,
     agent: ureq::Agent,
-    credential: Arc<Credential>,
+    credential: Credential,
 }
 
 impl Upstream {
@@ -1660,7 +1659,7 @@ impl Upstream {
         Ok(Upstream {
             provider,
             agent: ureq::Agent::with_parts(requests.build(), connector(), Lookup::default()),
-            credential: Arc::new(Credential {
+            credential: Credential {
                 provider,
                 path: provider.path(&config.state_dir),
                 token_url: settings.token_url.clone(),
@@ -1668,7 +1667,7 @@ impl Upstream {
                 interval: config.refresh_check_interval,
                 turn: Mutex::default(),
                 state: Mutex::default(),
-            }),
+            },
             settings,
         })
     }
