@@ -214,11 +214,9 @@ fn serve(config: Config) -> Result<(), String> {
     let _lock = lock_state_dir(&config.state_dir)?;
     let mut gate = Gate::open(config)?;
     let served = gate.run();
-    // A refresh that a keeper or a cut-off request has begun must not be lost.
-    for upstream in &gate.proxy.upstreams {
-        lock(&upstream.credential.state).stopping = true;
-    }
+    gate.cut_short();
     debug!("no refresh begins any more");
+    // What a keeper or a cut-off request has begun must not be lost.
     for upstream in &gate.proxy.upstreams {
         let _ = catch_unwind(AssertUnwindSafe(|| upstream.credential.finish()));
     }
@@ -311,7 +309,6 @@ impl Gate {
             parked: Mutex::default(),
             verdicts: Mutex::default(),
             waker,
-            cut: AtomicBool::new(false),
         }));
         let refused = |e| format!("open a socket in state_dir or TMPDIR: {e}");
         let (server, inner) = start_server(&proxy.config.state_dir).map_err(refused)?;
@@ -382,7 +379,6 @@ impl Gate {
                 open.for_each(Stream::half_close);
             }
         }
-        self.cut_short();
         Ok(())
     }
 
@@ -396,7 +392,7 @@ impl Gate {
         if self.busy > 0 {
             warn!("{} requests are still running and are cut short", self.busy);
         }
-        self.proxy.cut.store(true, Ordering::SeqCst);
+        CUT.store(true, Ordering::SeqCst);
         let agents = self.proxy.upstreams.iter().map(|u| u.agent.clone());
         agents.for_each(ureq::Agent::shutdown); // which ends each wait on a connection
         let end = Instant::now() + CUT_TIME;
@@ -747,10 +743,11 @@ struct Proxy {
     /// Those of exchanges that are done, until the gate takes the streams back.
     verdicts: Mutex<Vec<Verdict>>,
     waker: UnixStream,
-    /// Set before a stop closes all connections to upstream: what looks like an answer's end, or
-    /// like a fault of upstream's, may be that.
-    cut: AtomicBool,
 }
+
+/// Set before a stop closes all connections to upstream: what looks like an answer's end, or like a
+/// fault of upstream's, may be that. No refresh begins any more.
+static CUT: AtomicBool = AtomicBool::new(false);
 
 /// What tiny_http gets for each exchange: the worker that receives it serves the exchange parked
 /// longest. All are alike, so if tiny_http hands out the one that is sent at start, it does all.
@@ -784,7 +781,7 @@ fn serve_next(proxy: &Proxy, ticket: tiny_http::Request) {
     let exchange = lock(&proxy.parked).pop_front();
     let handle = |exchange: &mut Exchange| {
         proxy.handle(exchange).map_err(|mut end| {
-            if proxy.cut.load(Ordering::SeqCst) {
+            if CUT.load(Ordering::SeqCst) {
                 end.message = "a stop of ai-mux cut it short; try again".into();
             }
             end
@@ -1034,8 +1031,6 @@ struct State {
     /// The last wait after a failed refresh or save, but for a longer `Retry-After`.
     backoff: Duration,
     failure: Option<Outage>,
-    /// No refresh begins any more.
-    stopping: bool,
 }
 
 /// Why there is no new token, or none on disk, and when to try again: `None` is when the file
@@ -1083,7 +1078,7 @@ impl State {
             None => self.is_young(token),
         };
         let wanted = !token.lasts(margin) || rejected == Some(&token.access);
-        let due = wanted && token.refresh.is_some() && !waits && !self.stopping;
+        let due = wanted && token.refresh.is_some() && !waits && !CUT.load(Ordering::SeqCst);
         due.then_some(token)
     }
 
@@ -1149,7 +1144,7 @@ impl Credential {
     /// The keeper: looks at the login every `interval`, and when there is something to try again.
     fn keep(&self) {
         let mut next = Instant::now();
-        while !lock(&self.state).stopping {
+        while !CUT.load(Ordering::SeqCst) {
             let retry = lock(&self.state).failure.clone().and_then(|f| f.1);
             if left_until(retry.unwrap_or(next).min(next)).is_zero() {
                 next = Instant::now() + self.interval;
@@ -2275,7 +2270,7 @@ fn relay(answer: Answer, exchange: &mut Exchange, proxy: &Proxy) -> Outcome {
     loop {
         WAIT_END.set(Instant::now() + proxy.config.stream_idle_timeout);
         let count = reader.read(&mut piece).map_err(broke)?;
-        if proxy.cut.load(Ordering::SeqCst) {
+        if CUT.load(Ordering::SeqCst) {
             return Err(broken("a stop")); // `serve_next` says it in words
         }
         let size = format!("{count:x}\r\n");
