@@ -561,14 +561,11 @@ fn listen(host: &str, port: u16) -> io::Result<TcpListener> {
     addresses.sort_by_key(SocketAddr::is_ipv6);
     // For a host without IPv6.
     addresses.extend((host == "::").then_some(SocketAddr::from(([0; 4], port))));
-    let mut opened = Err(ErrorKind::NotFound.into());
-    for address in addresses {
-        opened = open(address);
-        if !matches!(&opened, Err(e) if e.kind() != ErrorKind::AddrInUse) {
-            break;
-        }
-    }
-    opened
+    let none = Err(ErrorKind::NotFound.into());
+    addresses.into_iter().fold(none, |tried, next| match tried {
+        Err(e) if e.kind() != ErrorKind::AddrInUse => open(next),
+        _ => tried,
+    })
 }
 
 /// The TLS settings for clients, and the files that they come from: certificate and key.
