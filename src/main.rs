@@ -280,7 +280,8 @@ struct Gate {
     /// tiny_http, and the connection on which it gets a ticket for each exchange.
     server: &'static tiny_http::Server,
     inner: UnixStream,
-    /// How many workers there may be, how many there are, and how many of them have an exchange.
+    /// How many workers there may be: until the next chores no more than could be started, if one
+    /// could not. How many there are, and how many of them have an exchange.
     workers: usize,
     running: usize,
     busy: usize,
@@ -292,7 +293,7 @@ struct Gate {
 impl Gate {
     fn open(mut config: Config) -> Result<Gate, String> {
         let failed = |e: io::Error| format!("start: {e}");
-        let (workers, capacity) = descriptors(config.workers);
+        let capacity = descriptors(&mut config.workers);
         let (wakes, waker) = UnixStream::pair().map_err(failed)?;
         let stopping = signals(&waker).map_err(failed)?;
         let (host, port) = &config.listen;
@@ -330,7 +331,7 @@ impl Gate {
             queue: Vec::new(),
             server,
             inner,
-            workers,
+            workers: proxy.config.workers as usize,
             running: 0,
             busy: 0,
             wakes,
@@ -372,6 +373,7 @@ impl Gate {
                 // An idle worker ends: a grown stack keeps its pages as long as its thread lives.
                 (self.busy..self.running).for_each(|_| self.server.unblock());
                 self.running = self.busy;
+                self.workers = self.proxy.config.workers as usize;
                 self.tls.iter_mut().for_each(Tls::renew);
             }
             if stop_at.is_some() {
@@ -504,6 +506,7 @@ impl Gate {
             if let Err(e) = spawn("worker", work) {
                 let idle = self.busy < self.running;
                 let level = if idle { Level::Debug } else { Level::Warn };
+                self.workers = self.running;
                 return log!(level, "start a worker: {e}");
             }
             self.running += 1;
@@ -511,8 +514,9 @@ impl Gate {
     }
 }
 
-/// Raises the descriptor limit if it may, and says what it carries: (workers, connections).
-fn descriptors(wanted: u64) -> (usize, usize) {
+/// Raises the descriptor limit if it may, and lowers `workers` to what it carries. Returns how many
+/// client connections there may be.
+fn descriptors(workers: &mut u64) -> usize {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limits = getrlimit(Resource::Nofile);
     limits.current = limits.maximum;
@@ -520,13 +524,13 @@ fn descriptors(wanted: u64) -> (usize, usize) {
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let rest = limit.saturating_sub(SPARE_DESCRIPTORS);
     // Two clients for each: the one that it serves, and one that waits or asks for health.
-    let workers = wanted.min(rest / (WORKER_DESCRIPTORS + 2)).max(1);
-    if workers < wanted {
-        warn!("raise the limit of {limit} open files: it carries {workers} workers, not {wanted}");
+    let most = (rest / (WORKER_DESCRIPTORS + 2)).max(1);
+    if most < *workers {
+        warn!("raise the limit of {limit} open files: it carries {most} workers, not {workers}");
+        *workers = most;
     }
-    let rest = rest.saturating_sub(workers * WORKER_DESCRIPTORS).max(1);
-    let capacity = rest.min(workers + SPARE_CONNECTIONS);
-    (workers as usize, capacity as usize)
+    let rest = rest.saturating_sub(*workers * WORKER_DESCRIPTORS).max(1);
+    rest.min(*workers + SPARE_CONNECTIONS) as usize
 }
 
 /// The first SIGTERM or SIGINT sets the flag and wakes the gate; the second ends the process at
@@ -1209,10 +1213,9 @@ impl Credential {
         }
         let new = self.request_token(old)?;
         let mut state = lock(&self.state);
-        let mut spent = match state.last.take() {
-            Some((spent, last, _)) if last.refresh == old.refresh => spent,
-            _ => Vec::new(),
-        };
+        let last = state.last.take();
+        let last = last.filter(|(_, last, _)| last.refresh == old.refresh);
+        let mut spent = last.map_or(Vec::new(), |(spent, ..)| spent);
         spent.insert(0, old.refresh.clone());
         spent.dedup(); // where the endpoint keeps the token
         spent.truncate(SPENT_COUNT);
