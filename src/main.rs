@@ -196,7 +196,7 @@ fn run() -> Result<(), (u8, String)> {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     let words: Vec<_> = arguments.iter().map(|a| a.to_str()).collect();
     let config = match words[..] {
-        [] => config(Yaml::Null),
+        [] => parse_config(Yaml::Null),
         [Some("--config"), _] => load_config(Path::new(&arguments[1])),
         [Some("--help")] => return print(HELP),
         [Some("--version")] => return print(concat!("ai-mux ", env!("CARGO_PKG_VERSION"), "\n")),
@@ -2356,9 +2356,9 @@ fn load_config(path: &Path) -> Result<Config, String> {
         let text = fs::read_to_string(path).map_err(|e| e.to_string())?;
         let text = text.trim_start_matches('\u{feff}');
         if path.extension().is_some_and(|end| end == "json") {
-            return config(serde_json::from_str(text).map_err(unquoted)?);
+            return parse_config(serde_json::from_str(text).map_err(unquoted)?);
         }
-        let config = config(serde_yaml::from_str(text).map_err(unquoted)?)?;
+        let config = parse_config(serde_yaml::from_str(text).map_err(unquoted)?)?;
         // Tags are refused, as JSON's values have none: of `!secret x`, say, x is to be looked
         // up elsewhere. Only now, as the error names the field, which before could be a secret.
         let tagged = |e: serde_yaml::Error| e.to_string().replace("type: enum", "type: a tag");
@@ -2368,9 +2368,9 @@ fn load_config(path: &Path) -> Result<Config, String> {
     read().map_err(|e| format!("{}: {e}", path.display()).replace(char::is_control, " "))
 }
 
-fn config(file: Yaml) -> Result<Config, String> {
+fn parse_config(file: Yaml) -> Result<Config, String> {
     let known = "listen state_dir log_level providers users request_timeout \
-            stream_idle_timeout refresh_check_interval workers proxy tls";
+        stream_idle_timeout refresh_check_interval workers proxy tls";
     let file = &mut fields(file, known)?;
     let state_dir = field("state_dir", file, "~/.ai-mux", PATH)?;
     // Absolute, as messages tell it to people in other folders.
