@@ -735,7 +735,7 @@ fn lists(fields: &HeaderMap, name: &str, item: &str) -> bool {
 // In: requests from tiny_http. Out: a verdict for each exchange, whatever happens to it, and its
 // line in the access log. A panic in the handler ends here: it costs an answer, not a worker.
 
-/// What the gate and the workers share.
+/// What the gate, the workers and the keepers share.
 struct Proxy {
     config: Config,
     upstreams: Vec<Upstream>,
@@ -773,7 +773,7 @@ fn start_server(state_dir: &Path) -> io::Result<(&'static tiny_http::Server, Uni
     inner.write_all(TICKET)?;
     let ticket = server.recv_timeout(PICKUP_TIME)?;
     drop(ticket.ok_or(ErrorKind::TimedOut)?.into_writer());
-    // Never dropped: its Drop would connect to whatever has the socket's name then.
+    // From here on never dropped: its Drop would connect to whatever has the socket's name then.
     Ok((Box::leak(Box::new(server)), inner))
 }
 
@@ -1528,7 +1528,7 @@ struct Provider {
     prefix: &'static str,
     /// Added to `anthropic-beta`; without it, `anthropic-*` is dropped and the account is sent.
     beta: Option<&'static str>,
-    /// What the token endpoint is told beside the refresh token.
+    /// What the token endpoint is told beside the grant's type and the refresh token.
     grant: &'static [(&'static str, &'static str)],
     /// Whether an answer with this status and error word ends a login.
     is_terminal: fn(u16, &str) -> bool,
@@ -2705,7 +2705,7 @@ fn log_line(exchange: &Exchange, ended: Option<String>) {
     let total = exchange.started.elapsed().as_millis();
     let mut line = format!(
         "peer={peer} user={user} provider={provider} method={method} path={path} \
-             status={status} bytes={bytes} first={first} total={total}ms"
+         status={status} bytes={bytes} first={first} total={total}ms"
     );
     if let Some(id) = report.request_id.as_ref().filter(|_| status >= 400) {
         let id = id.to_str().unwrap_or_default();
@@ -2737,7 +2737,7 @@ fn shown(headers: &HeaderMap, users: &[User]) -> String {
 }
 
 /// Whether a text, as far as the log shows it, has a user's token in it; in lower case, too, as the
-/// names of headers are. In constant time: who sent it is not known yet.
+/// names of headers are. In constant time: who sent a request is not known yet.
 fn has_token(text: &[u8], users: &[User]) -> bool {
     let text = text.to_ascii_lowercase();
     users.iter().any(|user| {
