@@ -2294,7 +2294,7 @@ fn relay(answer: Answer, exchange: &mut Exchange, proxy: &Proxy) -> Outcome {
 fn answer_head(parts: &Parts, request: &Head) -> (Vec<u8>, bool) {
     let (headers, status) = (&parts.headers, parts.status);
     let bodyless = request.method == "HEAD" || matches!(status.as_u16(), 204 | 304);
-    // Nor may a 204 have a length (RFC 9110 section 8.6).
+    // A length that is told in two ways is none, and a 204 has none (RFC 9110 section 8.6).
     let sized = headers.contains_key(CONTENT_LENGTH) && Body::of(headers).is_ok() && status != 204;
     let chunked = !sized && !bodyless && !request.http10;
     let reason = status.canonical_reason().unwrap_or_default();
