@@ -280,10 +280,12 @@ struct Gate {
     /// tiny_http, and the connection on which it gets a ticket for each exchange.
     server: &'static tiny_http::Server,
     inner: UnixStream,
-    /// How many workers there may be: until the next chores no more than could be started, if one
-    /// could not. How many there are, and how many of them have an exchange.
+    /// How many workers there may be: as configured or, if a thread could not be started, as many
+    /// as there were then, until the next chores.
+    max_workers: usize,
+    /// How many there are.
     workers: usize,
-    running: usize,
+    /// How many of them have an exchange.
     busy: usize,
     /// Gets a byte for each request that a worker is done with, and for each signal.
     wakes: UnixStream,
@@ -293,9 +295,9 @@ struct Gate {
 impl Gate {
     fn open(mut config: Config) -> Result<Gate, String> {
         let failed = |e: io::Error| format!("start: {e}");
-        let capacity = descriptors(&mut config.workers);
+        let capacity = fit_to_descriptors(&mut config.workers);
         let (wakes, waker) = UnixStream::pair().map_err(failed)?;
-        let stopping = signals(&waker).map_err(failed)?;
+        let stopping = catch_signals(&waker).map_err(failed)?;
         let (host, port) = &config.listen;
         let refused = |e| format!("listen on {host}:{port}: {e}");
         let listener = listen(host, *port).map_err(refused)?;
@@ -331,8 +333,8 @@ impl Gate {
             queue: Vec::new(),
             server,
             inner,
-            workers: proxy.config.workers as usize,
-            running: 0,
+            max_workers: proxy.config.workers as usize,
+            workers: 0,
             busy: 0,
             wakes,
             stopping,
@@ -344,7 +346,7 @@ impl Gate {
     fn run(&mut self) -> Result<(), String> {
         let (mut stop_at, mut chores_at, mut warned) = (None, Instant::now(), false);
         while stop_at.is_none_or(|at| self.connection_count() > 0 && !left_until(at).is_zero()) {
-            let can_accept = self.await_events(stop_at.map_or(chores_at, |at| chores_at.min(at)));
+            let polled = self.await_events(stop_at.map_or(chores_at, |at| chores_at.min(at)));
             let is_due = |stream: &mut Stream| left_until(stream.due_at()).is_zero();
             let due: Vec<_> = self.connections.extract_if(.., is_due).collect();
             for stream in due {
@@ -360,7 +362,7 @@ impl Gate {
             self.busy -= verdicts.len();
             self.connections.extend(verdicts.into_iter().flatten());
             self.dispatch().map_err(|e| format!("tiny_http: {e}"))?;
-            let admitted = can_accept.and_then(|any| if any { self.accept() } else { Ok(()) });
+            let admitted = polled.and_then(|ready| if ready { self.accept() } else { Ok(()) });
             if let Err(e) = &admitted {
                 let level = if warned { Level::Debug } else { Level::Warn };
                 log!(level, "new connections wait: {e}");
@@ -371,9 +373,9 @@ impl Gate {
             if left_until(chores_at).is_zero() {
                 chores_at = Instant::now() + CHORE_INTERVAL;
                 // An idle worker ends: a grown stack keeps its pages as long as its thread lives.
-                (self.busy..self.running).for_each(|_| self.server.unblock());
-                self.running = self.busy;
-                self.workers = self.proxy.config.workers as usize;
+                (self.busy..self.workers).for_each(|_| self.server.unblock());
+                self.workers = self.busy;
+                self.max_workers = self.proxy.config.workers as usize;
                 self.tls.iter_mut().for_each(Tls::renew);
             }
             if stop_at.is_some() {
@@ -478,7 +480,7 @@ impl Gate {
         if !self.queue.is_empty() {
             self.start_workers();
         }
-        let count = self.queue.len().min(self.running - self.busy);
+        let count = self.queue.len().min(self.workers - self.busy);
         lock(&self.proxy.parked).extend(self.queue.drain(..count));
         self.busy += count;
         self.inner.write_all(&TICKET.repeat(count))?;
@@ -494,7 +496,7 @@ impl Gate {
     /// Starts as many as are needed and some to spare, as long as there may be more.
     fn start_workers(&mut self) {
         let wanted = self.busy + self.queue.len() + SPARE_WORKERS;
-        while self.running < wanted.min(self.workers) {
+        while self.workers < wanted.min(self.max_workers) {
             let (server, proxy) = (self.server, self.proxy);
             let work = move || loop {
                 match server.recv() {
@@ -504,19 +506,19 @@ impl Gate {
                 }
             };
             if let Err(e) = spawn("worker", work) {
-                let idle = self.busy < self.running;
+                let idle = self.busy < self.workers;
                 let level = if idle { Level::Debug } else { Level::Warn };
-                self.workers = self.running;
+                self.max_workers = self.workers;
                 return log!(level, "start a worker: {e}");
             }
-            self.running += 1;
+            self.workers += 1;
         }
     }
 }
 
 /// Raises the descriptor limit if it may, and lowers `workers` to what it carries. Returns how many
 /// client connections there may be.
-fn descriptors(workers: &mut u64) -> usize {
+fn fit_to_descriptors(workers: &mut u64) -> usize {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limits = getrlimit(Resource::Nofile);
     limits.current = limits.maximum;
@@ -535,7 +537,7 @@ fn descriptors(workers: &mut u64) -> usize {
 
 /// The first SIGTERM or SIGINT sets the flag and wakes the gate; the second ends the process at
 /// once, with exit code 1.
-fn signals(waker: &UnixStream) -> io::Result<Arc<AtomicBool>> {
+fn catch_signals(waker: &UnixStream) -> io::Result<Arc<AtomicBool>> {
     use signal_hook::{consts, flag, low_level};
     let seen = Arc::new(AtomicBool::new(false));
     for signal in [consts::SIGTERM, consts::SIGINT] {
