@@ -294,10 +294,10 @@ struct Gate {
 
 impl Gate {
     fn open(mut config: Config) -> Result<Gate, String> {
-        let failed = |e: io::Error| format!("start: {e}");
+        let failed = |what: &'static str| move |e: io::Error| format!("{what}: {e}");
         let capacity = fit_to_descriptors(&mut config.workers);
-        let (wakes, waker) = UnixStream::pair().map_err(failed)?;
-        let stopping = catch_signals(&waker).map_err(failed)?;
+        let (wakes, waker) = UnixStream::pair().map_err(failed("open a socket pair"))?;
+        let stopping = catch_signals(&waker).map_err(failed("catch signals"))?;
         let (host, port) = &config.listen;
         let refused = |e| format!("listen on {host}:{port}: {e}");
         let listener = listen(host, *port).map_err(refused)?;
@@ -313,12 +313,12 @@ impl Gate {
             verdicts: Mutex::default(),
             waker,
         }));
-        let refused = |e| format!("open a socket in state_dir or TMPDIR: {e}");
-        let (server, inner) = start_server(&proxy.config.state_dir).map_err(refused)?;
+        let failing = failed("start tiny_http on a socket in state_dir or TMPDIR");
+        let (server, inner) = start_server(&proxy.config.state_dir).map_err(failing)?;
         for upstream in &proxy.upstreams {
-            spawn("keeper", move || upstream.credential.keep()).map_err(failed)?;
+            spawn("keeper", move || upstream.credential.keep()).map_err(failed("start keeper"))?;
         }
-        let address = listener.local_addr().map_err(failed)?;
+        let address = listener.local_addr().map_err(failed("read the port"))?;
         if proxy.config.users.is_empty() && !address.ip().is_loopback() {
             warn!("no users configured: whoever reaches {address} uses your subscription");
         }
@@ -434,7 +434,7 @@ impl Gate {
 
     fn accept(&mut self) -> io::Result<()> {
         if self.connection_count() >= self.capacity && !self.make_room() {
-            return Err(io::Error::other("the limit is reached, and all are busy"));
+            return Err(io::Error::other("all are busy; raise workers or ulimit -n"));
         }
         let (tcp, peer) = match self.listener.as_ref().map(TcpListener::accept) {
             None => return Ok(()),
@@ -563,6 +563,7 @@ fn listen(host: &str, port: u16) -> io::Result<TcpListener> {
         let listener = TcpListener::from(socket);
         listener.set_nonblocking(true).map(|()| listener)
     };
+    let host = host.trim_matches(['[', ']']);
     let mut addresses: Vec<_> = (host, port).to_socket_addrs()?.collect();
     addresses.sort_by_key(SocketAddr::is_ipv6);
     // For a host without IPv6.
@@ -2327,7 +2328,7 @@ fn answer_head(parts: &Parts, request: &Head) -> (Vec<u8>, bool) {
 // is not shown where it could be a secret.
 
 struct Config {
-    /// Host and port.
+    /// Host, an IPv6 address in brackets, and port.
     listen: (String, u16),
     state_dir: PathBuf,
     log_level: LevelFilter,
@@ -2552,9 +2553,9 @@ const ADDRESS: Kind<(String, u16)> = ("\":PORT\" or \"HOST:PORT\"", |value| {
     let (host, port) = value.as_str()?.rsplit_once(':')?;
     let host = if host.is_empty() { "[::]" } else { host };
     let ip = (host.strip_prefix('[')).and_then(|host| host.strip_suffix(']'));
-    let (host, marks) = ip.map_or((host, "-._"), |ip| (ip, "-._:%"));
+    let (name, marks) = ip.map_or((host, "-._"), |ip| (ip, "-._:%"));
     let plain = |c: char| c.is_ascii_alphanumeric() || marks.contains(c);
-    let fine = !host.is_empty() && host.chars().all(plain) && !port.starts_with('+');
+    let fine = !name.is_empty() && name.chars().all(plain) && !port.starts_with('+');
     Some((host.to_owned(), port.parse().ok()?)).filter(|_| fine)
 });
 

@@ -242,7 +242,7 @@ fn by_default_it_listens_on_8080() {
     let run = run.expect("run ai-mux");
     let said = String::from_utf8_lossy(&run.stderr);
     assert_eq!(run.status.code(), Some(1), "{said}");
-    assert!(said.contains("listen on :::8080: "), "{said}");
+    assert!(said.contains("listen on [::]:8080: "), "{said}");
 }
 
 #[test]
