@@ -345,9 +345,9 @@ impl Gate {
     /// tiny_http is gone, without which nobody could be served.
     fn run(&mut self) -> Result<(), String> {
         let (mut stop_at, mut chores_at, mut warned) = (None, Instant::now(), false);
-        while stop_at.is_none_or(|at| self.connection_count() > 0 && !left_until(at).is_zero()) {
+        while stop_at.is_none_or(|at| self.connection_count() > 0 && Instant::now() < at) {
             let polled = self.await_events(stop_at.map_or(chores_at, |at| chores_at.min(at)));
-            let is_due = |stream: &mut Stream| left_until(stream.due_at()).is_zero();
+            let is_due = |stream: &mut Stream| stream.due_at() <= Instant::now();
             let due: Vec<_> = self.connections.extract_if(.., is_due).collect();
             for stream in due {
                 // A panic would cost this connection, and no other.
@@ -370,7 +370,7 @@ impl Gate {
                 thread::sleep(ACCEPT_PAUSE);
             }
             warned = admitted.is_err();
-            if left_until(chores_at).is_zero() {
+            if chores_at <= Instant::now() {
                 chores_at = Instant::now() + CHORE_INTERVAL;
                 // An idle worker ends: a grown stack keeps its pages as long as its thread lives.
                 (self.busy..self.workers).for_each(|_| self.server.unblock());
@@ -400,7 +400,7 @@ impl Gate {
         let agents = self.proxy.upstreams.iter().map(|u| u.agent.clone());
         agents.for_each(ureq::Agent::shutdown); // which ends each wait on a connection
         let end = Instant::now() + CUT_TIME;
-        while self.busy > 0 && !left_until(end).is_zero() {
+        while self.busy > 0 && Instant::now() < end {
             let _ = self.await_events(end);
             self.busy -= std::mem::take(&mut *lock(&self.proxy.verdicts)).len();
         }
@@ -484,7 +484,7 @@ impl Gate {
         lock(&self.proxy.parked).extend(self.queue.drain(..count));
         self.busy += count;
         self.inner.write_all(&TICKET.repeat(count))?;
-        let late = |e: &mut Exchange| left_until(e.stream.socket.deadline).is_zero();
+        let late = |e: &mut Exchange| e.stream.socket.deadline <= Instant::now();
         for exchange in self.queue.extract_if(.., late) {
             let mut busy = Reply::new(503, "no worker was free; try again, or raise `workers`");
             busy.retry_after = Some(Duration::from_secs(1));
@@ -868,10 +868,10 @@ impl Exchange {
             Err(end) if begun || end.status == 0 => (false, Some(end.message)),
             Err(reply) => {
                 last |= reply.status == 401; // so that nobody tries one token after another on it
-                let (bytes, length) = reply.to_bytes(self.head.method == "HEAD", last);
+                let (answer, length) = reply.to_bytes(self.head.method == "HEAD", last);
                 (self.report.status, self.report.bytes) = (reply.status, length);
                 self.report.first = Some(self.started.elapsed());
-                match self.stream.write_piece(&bytes) {
+                match self.stream.write_piece(&answer) {
                     Ok(()) => (true, Some(reply.message).filter(|_| reply.status != 200)),
                     Err(e) => (false, Some(format!("the client took no reply: {e}"))),
                 }
@@ -1027,14 +1027,21 @@ struct State {
     seen: Option<Stamp>,
     /// Whether a file that looks like `seen` need not be read.
     settled: bool,
-    /// Of the last refresh: the refresh tokens spent for it, the last one first, as each had been
-    /// brought by the one before; what it brought; and when.
-    last: Option<(Vec<Option<Secret>>, Token, SystemTime)>,
+    last: Option<Refreshed>,
     /// Whether what it brought is still to be written to disk.
     unsaved: bool,
     /// The last wait after a failed refresh or save, but for a longer `Retry-After`.
     backoff: Duration,
     failure: Option<Outage>,
+}
+
+/// A refresh that was made.
+#[derive(Clone)]
+struct Refreshed {
+    /// The refresh token that it spent, then those spent to get that one, newest first.
+    spent: Vec<Option<Secret>>,
+    token: Token,
+    at: SystemTime,
 }
 
 /// Why there is no new token, or none on disk, and when to try again: `None` is when the file
@@ -1078,7 +1085,7 @@ impl State {
     fn due(&self, margin: Duration, rejected: Option<&Secret>) -> Option<&Token> {
         let token = self.token.as_ref()?;
         let waits = match &self.failure {
-            Some((_, until)) => until.is_none_or(|at| !left_until(at).is_zero()),
+            Some((_, until)) => until.is_none_or(|at| Instant::now() < at),
             None => self.is_young(token),
         };
         let wanted = !token.lasts(margin) || rejected == Some(&token.access);
@@ -1089,8 +1096,8 @@ impl State {
     /// Whether a refresh brought it less than `REFRESH_MARGIN` ago: then neither a 401, nor an
     /// expiry that is in the past by our clock, is reason for another.
     fn is_young(&self, token: &Token) -> bool {
-        let young = |at: &SystemTime| at.elapsed().is_ok_and(|age| age < REFRESH_MARGIN);
-        matches!(&self.last, Some((_, new, at)) if new.access == token.access && young(at))
+        let young = |at: SystemTime| at.elapsed().is_ok_and(|age| age < REFRESH_MARGIN);
+        matches!(&self.last, Some(last) if last.token.access == token.access && young(last.at))
     }
 }
 
@@ -1150,7 +1157,7 @@ impl Credential {
         let mut next = Instant::now();
         while !CUT.load(Ordering::SeqCst) {
             let retry = lock(&self.state).failure.clone().and_then(|f| f.1);
-            if left_until(retry.unwrap_or(next).min(next)).is_zero() {
+            if retry.unwrap_or(next).min(next) <= Instant::now() {
                 next = Instant::now() + self.interval;
                 let _ = catch_unwind(AssertUnwindSafe(|| self.look()));
             }
@@ -1214,15 +1221,16 @@ impl Credential {
         if found != *old {
             return Ok(());
         }
-        let new = self.request_token(old)?;
+        let token = self.request_token(old)?;
         let mut state = lock(&self.state);
         let last = state.last.take();
-        let last = last.filter(|(_, last, _)| last.refresh == old.refresh);
-        let mut spent = last.map_or(Vec::new(), |(spent, ..)| spent);
+        let led_here = last.filter(|last| last.token.refresh == old.refresh);
+        let mut spent = led_here.map_or(Vec::new(), |last| last.spent);
         spent.insert(0, old.refresh.clone());
         spent.dedup(); // where the endpoint keeps the token
         spent.truncate(SPENT_COUNT);
-        (state.last, state.unsaved) = (Some((spent, new, SystemTime::now())), true);
+        let at = SystemTime::now();
+        (state.last, state.unsaved) = (Some(Refreshed { spent, token, at }), true);
         drop(state);
         self.save();
         Ok(())
@@ -1245,9 +1253,9 @@ impl Credential {
         if !answer.status().is_success() {
             let json: Value = serde_json::from_slice(&text).unwrap_or_default();
             let word = error_word(&json);
-            let wait = (!(provider.is_terminal)(status, word)).then(|| wait.unwrap_or_default());
-            let why = format!("{url} answered {status} {word}");
-            return Err((why.trim_end().into(), wait));
+            let terminal = (provider.is_terminal)(status, word);
+            let why = format!("{url} answered {status} {word}").trim_end().into();
+            return Err((why, (!terminal).then(|| wait.unwrap_or_default())));
         }
         let found: TokenAnswer = serde_json::from_slice(&text).unwrap_or_default();
         let new = secret_in(&found.refresh_token);
@@ -1269,13 +1277,13 @@ impl Credential {
     /// Puts what is unsaved on disk, then into use; or only into use, if that fails.
     fn save(&self) {
         let state = lock(&self.state);
-        let Some((spent, new, _)) = state.last.clone().filter(|_| state.unsaved) else {
+        let Some(last) = state.last.clone().filter(|_| state.unsaved) else {
             return;
         };
         drop(state);
-        let saved = self.write(&spent, &new).or_else(|_| {
+        let saved = self.write(&last).or_else(|_| {
             thread::sleep(SAVE_PAUSE);
-            self.write(&spent, &new)
+            self.write(&last)
         });
         let mut state = self.reload(true);
         match saved {
@@ -1286,7 +1294,7 @@ impl Credential {
                 (state.failure, state.backoff) = (None, Duration::ZERO);
             }
             Err(why) => {
-                state.token = Some(new);
+                state.token = Some(last.token);
                 let why = format!("the new login is in memory only: {why}");
                 self.fail(&mut state, why, Some(Duration::ZERO));
             }
@@ -1294,12 +1302,12 @@ impl Credential {
     }
 
     /// Writes a new token into the file, unless that has another login; returns what it then has.
-    fn write(&self, spent: &[Option<Secret>], new: &Token) -> Result<Token, String> {
+    fn write(&self, Refreshed { spent, token, .. }: &Refreshed) -> Result<Token, String> {
         let (before, mut json, found) = self.read().map_err(|e| e.to_string())?;
         // It may be in place already, if its folder could not be synced.
-        let placed = found.refresh == new.refresh && found.access == new.access;
+        let placed = found.refresh == token.refresh && found.access == token.access;
         if spent.contains(&found.refresh) && !placed {
-            self.provider.edit(&mut json, new);
+            self.provider.edit(&mut json, token);
             self.replace(&json.to_string(), Some(before))?;
         }
         Ok(self.provider.token_in(&json).unwrap_or(found))
@@ -1394,14 +1402,14 @@ impl Credential {
     /// is back, ours is to be saved.
     fn adopt(&self, state: &mut State, found: Result<Token, String>) {
         let name = self.provider.name;
-        if let (Some((spent, new, _)), Ok(token)) = (state.last.clone(), &found) {
-            let (spent, ours) = (spent.contains(&token.refresh), token.refresh == new.refresh);
+        if let (Some(last), Ok(Token { refresh, .. })) = (state.last.clone(), &found) {
+            let (spent, ours) = (last.spent.contains(refresh), *refresh == last.token.refresh);
             if state.unsaved && (spent || ours) {
                 return;
             }
             if spent && !ours {
                 // To spend it again would end the login: what it brought goes over it.
-                (state.token, state.unsaved) = (Some(new), true);
+                (state.token, state.unsaved) = (Some(last.token), true);
                 let why = "its file has the login again that was spent".into();
                 return self.fail(state, why, Some(Duration::ZERO));
             }
@@ -1626,8 +1634,8 @@ impl Provider {
             let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
             let was = old.as_f64().filter(|was| *was >= 1.0);
             let in_seconds = was.map_or(expires == "expires_at", |was| was <= 1e11);
-            let unit = if in_seconds { 1000 } else { 1 };
-            *old = (since.as_millis() as u64 / unit).into();
+            let millis = if in_seconds { 1000 } else { 1 };
+            *old = (since.as_millis() as u64 / millis).into();
         }
     }
 }
@@ -1842,7 +1850,7 @@ impl Resolver for Lookup {
         let name = format!("{:?} {:?}", uri.scheme(), uri.authority());
         let known = lock(&self.0).get(&name).cloned();
         if let Some((until, addresses)) = &known
-            && !left_until(*until).is_zero()
+            && Instant::now() < *until
         {
             return Ok(addresses.clone());
         }
@@ -2055,14 +2063,14 @@ impl Stream {
             if (self.is_handshaking(), self.allowance()) != phase {
                 self.socket.deadline = Instant::now() + self.allowance();
             }
-            match read.map_err(|e| (e.kind(), e)) {
+            match read {
                 Ok(1..) => {}
                 Ok(0) => return Err(broken("the client ended it")),
-                Err((ErrorKind::WouldBlock, _)) => return Ok(None),
-                Err((ErrorKind::TimedOut, _)) if !self.buffered.is_empty() => {
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
+                Err(e) if e.kind() == ErrorKind::TimedOut && !self.buffered.is_empty() => {
                     return Err(Reply::new(408, "the head came too slowly; send it at once"));
                 }
-                Err((_, e)) => return Err(broken(e.to_string())),
+                Err(e) => return Err(broken(e.to_string())),
             }
         }
         self.must_read = true;
