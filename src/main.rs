@@ -1295,7 +1295,7 @@ impl Credential {
             }
             Err(why) => {
                 state.token = Some(last.token);
-                let why = format!("the new login is in memory only: {why}");
+                let why = format!("the new login is in memory only, so do not stop ai-mux: {why}");
                 self.fail(&mut state, why, Some(Duration::ZERO));
             }
         }
@@ -1353,7 +1353,7 @@ impl Credential {
     fn fail(&self, state: &mut State, why: String, least: Option<Duration>) {
         let (name, remedy) = (self.provider.name, self.remedy());
         let Some(least) = least else {
-            error!("{name}: refresh: {why}; down until its file changes; {remedy}");
+            error!("{name}: refresh: {why}; down until its file changes or is touched; {remedy}");
             state.failure = Some((format!("{why}; {remedy}"), None));
             return;
         };
@@ -1410,7 +1410,7 @@ impl Credential {
             if spent && !ours {
                 // To spend it again would end the login: what it brought goes over it.
                 (state.token, state.unsaved) = (Some(last.token), true);
-                let why = "its file has the login again that was spent".into();
+                let why = "its file has a login again that was spent; ours goes over it".into();
                 return self.fail(state, why, Some(Duration::ZERO));
             }
         }
@@ -1434,7 +1434,7 @@ impl Credential {
         let failed = |e: io::Error| self.unusable(e.kind(), &format!("cannot be read: {e}"));
         let meta = fs::metadata(&self.path).map_err(failed)?;
         if meta.uid() != rustix::process::geteuid().as_raw() {
-            let what = format!("is user {}'s, not ai-mux's", meta.uid());
+            let what = format!("is user {}'s (who may need it), not ai-mux's", meta.uid());
             return Err(self.unusable(ErrorKind::PermissionDenied, &what));
         }
         if !meta.is_file() || meta.len() > FILE_SIZE {
@@ -1472,10 +1472,12 @@ impl Credential {
         io::Error::new(kind, format!("{name} {what}; {remedy}"))
     }
 
-    /// The file's folder, links resolved if possible, in double quotes for a shell.
+    /// The file's folder, links resolved if possible, in quotes for a shell: single ones, which the
+    /// log and JSON leave as they are.
     fn folder(&self) -> String {
         let path = self.path.canonicalize().unwrap_or(self.path.clone());
-        format!("{:?}", path.parent().unwrap_or(&path))
+        let folder = path.parent().unwrap_or(&path).display().to_string();
+        format!("'{}'", folder.replace('\'', r"'\''"))
     }
 
     /// What the owner does about a login that is missing or dead.
@@ -2466,7 +2468,7 @@ fn headers(found: Mapping) -> Result<HeaderMap, String> {
         let Some((key, value)) = key.zip(value) else {
             let other = |c: char| !c.is_ascii_alphanumeric() && !"-_".contains(c);
             let name = name.split(other).next().unwrap_or_default(); // a value could be behind it
-            let right = "a header that may be set: once, in ASCII, below 8 KiB, 100 in all";
+            let right = "a header that may be set: once, quoted, ASCII, below 8 KiB, 100 in all";
             return Err(format!("headers: {name:?} is not {right}"));
         };
         headers.insert(key, value);
@@ -2532,7 +2534,7 @@ fn field<T>(name: &str, of: &mut Mapping, or: impl Into<Yaml>, kind: Kind<T>) ->
     let secret = secret || marks.iter().any(|mark| text.contains(mark));
     let shown = match &value {
         Yaml::Mapping(_) | Yaml::Sequence(_) | Yaml::Tagged(_) => "a nested value",
-        _ if secret => "something (not shown)",
+        _ if secret && text.len() > 2 => "something (not shown)",
         _ => &text,
     };
     parse(&value).ok_or_else(|| format!("{name}: found {shown}, expected {expected}"))
@@ -2557,7 +2559,7 @@ const PATH: Kind<PathBuf> = ("a path, or ~/PATH where there is a home", |value| 
     }
 });
 
-const ADDRESS: Kind<(String, u16)> = ("\":PORT\" or \"HOST:PORT\"", |value| {
+const ADDRESS: Kind<(String, u16)> = ("\":PORT\", \"HOST:PORT\" or \"[IPV6]:PORT\"", |value| {
     let (host, port) = value.as_str()?.rsplit_once(':')?;
     let host = if host.is_empty() { "[::]" } else { host };
     let ip = (host.strip_prefix('[')).and_then(|host| host.strip_suffix(']'));
@@ -2572,7 +2574,7 @@ const LEVEL: Kind<LevelFilter> = ("debug, info, warn or error", |value| {
     level.filter(|level| (LevelFilter::Error..=LevelFilter::Debug).contains(level))
 });
 
-const DURATION: Kind<Duration> = ("60s, 1h30m or the like, or seconds", |value| {
+const DURATION: Kind<Duration> = ("60s, 1h30m or the like, or unquoted seconds", |value| {
     let seconds = value.as_u64().map(Duration::from_secs);
     // humantime also knows longer words, and days and up: only h, m, s, ms, us and ns pass.
     let short = |c: char| c.is_ascii_digit() || ". hmsun".contains(c);
@@ -2605,7 +2607,7 @@ const NAME: Kind<String> = ("a name, but not -, without control characters", |va
     value.as_str().filter(fine).map(str::to_owned)
 });
 
-const TOKEN: Kind<Secret> = ("16+ visible ASCII characters or a token_file", |value| {
+const TOKEN: Kind<Secret> = ("16+ visible ASCII, quoted, or a token_file", |value| {
     let fine = |text: &&str| text.len() >= USER_TOKEN_LENGTH && !text.contains(' ');
     Secret::new(value.as_str().filter(fine)?)
 });

@@ -41,7 +41,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ("listen: '[]:80'", &["listen", "HOST:PORT"]),
     ("listen: \"a\\nb:80\"", &["listen", "HOST:PORT"]),
     ("listen: '::1'", &["listen", "::1", "HOST:PORT"]),
-    ("listen: '::1:80'", &["listen", "HOST:PORT"]),
+    ("listen: '::1:80'", &["listen", "[IPV6]:PORT"]),
     ("listen: '127.0.0.1]:80'", &["listen", "HOST:PORT"]),
     ("listen: '[[::1]]:80'", &["listen", "HOST:PORT"]),
     ("listen: !env ':80'", &["listen", "tag", "line 1"]),
@@ -131,7 +131,10 @@ const TABLE: &[(&str, &[&str])] = &[
     ),
     ("users: alice", &["users"]),
     ("users: [alice]", &["users"]),
-    ("users: [{name: alice}]", &["users", "alice", "token_file"]),
+    (
+        "users: [{name: alice}]",
+        &["users", "alice", "found \"\"", "token_file"],
+    ),
     (
         "users: [{name: '-', token: Sk4rTz9wQp2mVx7n}]",
         &["users", "name"],
@@ -151,7 +154,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ),
     (
         "users: [{name: alice, token: 1234567890123456}]",
-        &["users", "token"],
+        &["users", "token", "quoted"],
     ),
     (
         "users: [{name: alice, token: Sk4rTz9wQp2mVx7n, token_file: /dev/null}]",
@@ -163,7 +166,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ),
     (
         "users: [{name: alice, token_file: /dev/null}]",
-        &["users", "alice", "token_file", "/dev/null", "16"],
+        &["users", "alice", "/dev/null", "found \"\"", "16"],
     ),
     (
         "users: [{name: alice, token_file: /nowhere/at/all}]",

@@ -497,7 +497,7 @@ fn the_folder_that_must_be_writable_is_the_one_behind_a_linked_file() {
     mux.wait_log("next try");
     let message = mux.message().error();
     assert!(
-        message.contains(&format!("{folder:?} must be writable")),
+        message.contains(&format!("'{}' must be writable", folder.display())),
         "{message}"
     );
     allow(&folder, 0o700);

@@ -134,8 +134,9 @@ pub fn read(state: &Path, provider: &str) -> Value {
 /// The command that logs in, as the messages tell it.
 pub fn remedy(state: &Path, provider: &str) -> String {
     let folder = state.join(provider);
+    let folder = folder.display();
     match provider {
-        "claude" => format!("CLAUDE_CONFIG_DIR={folder:?} claude auth login"),
-        _ => format!("CODEX_HOME={folder:?} codex login"),
+        "claude" => format!("CLAUDE_CONFIG_DIR='{folder}' claude auth login"),
+        _ => format!("CODEX_HOME='{folder}' codex login"),
     }
 }
