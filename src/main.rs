@@ -1860,7 +1860,10 @@ impl Resolver for Lookup {
         if known.is_some() {
             time.after = time.after.min(LOOKUP_TIME.into());
         }
-        let found = DefaultResolver::default().resolve(uri, config, time);
+        // It has a thread look the name up, and panics where there is none to be had.
+        let look_up = || DefaultResolver::default().resolve(uri, config, time);
+        let none = |_| Err(io::Error::other("no thread for a look-up").into());
+        let found = catch_unwind(AssertUnwindSafe(look_up)).unwrap_or_else(none);
         let mut found = found.or_else(|e| known.map(|(_, old)| old).ok_or(e))?;
         found.sort_by_key(SocketAddr::is_ipv6); // IPv6 last: where broken, it costs a time-out
         lock(&self.0).insert(name, (Instant::now() + LOOKUP_AGE, found.clone()));

@@ -132,15 +132,7 @@ fn a_request_that_needs_one_more_fails_alone() {
 fn when_no_thread_is_to_be_had_a_request_waits() {
     let up = Upstream::plain();
     let mux = Setup::new(&up).unprivileged().start();
-    let owner = fs::metadata(format!("/proc/{}", mux.pid())).expect("the process");
-    let limit = |threads: &str| {
-        let mut prlimit = Command::new("prlimit"); // which its own user may
-        prlimit.arg(format!("--pid={}", mux.pid()));
-        prlimit.arg(format!("--nproc={threads}:"));
-        prlimit.uid(owner.uid()).gid(owner.gid());
-        prlimit.status().is_ok_and(|status| status.success())
-    };
-    if owner.uid() == 0 || !limit("1") {
+    if !limit_threads(&mux, 1) {
         return say("SKIPPED: no prlimit here, or root's threads have no limit");
     }
     let mut client = mux.client();
@@ -156,8 +148,31 @@ fn when_no_thread_is_to_be_had_a_request_waits() {
     }
     let said = mux.log_lines("start a worker").len();
     assert!(said < 10, "{said} times");
-    assert!(limit("4096"), "raise the limit");
+    assert!(limit_threads(&mux, 4096), "raise the limit");
     assert_eq!(client.answer().text(), "fine");
+}
+
+/// Nor one for the look-up of a name, which is upstream's trouble then.
+#[test]
+fn when_no_thread_is_to_be_had_a_name_is_not_found() {
+    let up = Upstream::plain();
+    let mux = Setup::new(&up).unprivileged().start();
+    let mut client = mux.client();
+    let head = [BEARER, ("expect", "100-continue"), ("content-length", "2")];
+    client.start("POST", MESSAGES, &head);
+    assert_eq!(
+        client.head().start,
+        "HTTP/1.1 100 Continue",
+        "a worker has it"
+    );
+    if !limit_threads(&mux, 1) {
+        return say("SKIPPED: no prlimit here, or root's threads have no limit");
+    }
+    client.send("{}");
+    let answer = client.answer();
+    assert_eq!(answer.status, 502, "{}", answer.error());
+    assert!(limit_threads(&mux, 4096), "raise the limit");
+    assert_eq!(mux.message().text(), "fine");
 }
 
 /// What waits for many descriptors at once has a limit too.
@@ -182,4 +197,14 @@ fn when_there_are_more_than_may_be_the_idle_ones_make_room() {
     assert_eq!(client.answer().text(), "fine");
     drop((client, idle));
     mux.assert_recovered(before, 4);
+}
+
+/// Bounds the threads of all that its user runs. Its own user may do so; root's have no bound.
+fn limit_threads(mux: &Mux, most: u32) -> bool {
+    let owner = fs::metadata(format!("/proc/{}", mux.pid())).expect("the process");
+    let mut prlimit = Command::new("prlimit");
+    prlimit.arg(format!("--pid={}", mux.pid()));
+    prlimit.arg(format!("--nproc={most}:"));
+    prlimit.uid(owner.uid()).gid(owner.gid());
+    owner.uid() != 0 && prlimit.status().is_ok_and(|status| status.success())
 }
