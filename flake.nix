@@ -29,7 +29,7 @@
               ./Cargo.lock
               ./.cargo
               ./src
-              (lib.fileset.fileFilter (file: !file.hasExt "nix") ./tests)
+              (lib.fileset.fileFilter (file: file.hasExt "rs" || file.hasExt "pem") ./tests)
             ];
           };
           cargoLock.lockFile = ./Cargo.lock;

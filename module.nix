@@ -17,7 +17,7 @@ let
     settings.state_dir != "/var/lib/ai-mux" && !lib.hasPrefix "/var/lib/ai-mux/" settings.state_dir;
 
   # [ host port ], or null for what is neither :PORT nor HOST:PORT.
-  split = builtins.match "([A-Za-z0-9._-]*|\\[[0-9A-Fa-f:.]+]):([0-9]{1,5})";
+  split = builtins.match "([A-Za-z0-9._-]*|\\[[0-9A-Za-z:.%_-]+]):([0-9]{1,5})";
   host = lib.head (split settings.listen);
   portOf = listen: lib.toIntBase10 (lib.last (split listen));
   port = portOf settings.listen;
@@ -29,8 +29,8 @@ let
   seconds =
     duration:
     let
-      number = "[0-9]+(\\.[0-9]+)?";
-      parts = builtins.filter lib.isList (builtins.split "(${number})(ms|s|m|h)" duration);
+      number = "0*([0-9]+(\\.[0-9]+)?)"; # JSON knows no leading zeros
+      parts = builtins.filter lib.isList (builtins.split "${number}(ms|s|m|h)" duration);
       inUnit = {
         ms = 0.001;
         s = 1;
@@ -70,11 +70,14 @@ let
       );
   upstream =
     narrow types.str ''URL that begins with "https://", or with "http://" and a loopback address''
-      (matching "https://[^@?# ]+|http://(localhost|127(\\.[0-9]{1,3}){3}|\\[::1])([:/][^@?# ]*)?");
-  outsideStore =
-    types.externalPath or (narrow types.str "absolute path not in the Nix store" (
-      path: lib.hasPrefix "/" path && !lib.hasPrefix builtins.storeDir path
-    ));
+      (
+        matching "https://[^@?#[:space:]]+|http://(localhost|127(\\.[0-9]{1,3}){3}|\\[::1])([:/][^@?#[:space:]]*)?"
+      );
+  # One that is not in quotes would be copied to the store.
+  path = narrow types.str "absolute path in quotes" (lib.hasPrefix "/");
+  outsideStore = narrow (types.externalPath or path) "absolute path in quotes, not in the Nix store" (
+    path: !lib.hasPrefix builtins.storeDir path
+  );
 
   # A setting that is left to the program's own default.
   unset =
@@ -150,7 +153,7 @@ in
 
     tls = {
       certificate = mkOption {
-        type = types.nullOr types.path;
+        type = types.nullOr path;
         default = null;
         example = "/var/lib/certificates/ai-mux.pem";
         description = "Certificate chain, PEM. It is read in place: a renewed pair is in use within ten seconds.";
@@ -197,13 +200,18 @@ in
             description = "`:PORT` for every interface, IPv4 and IPv6, or `HOST:PORT`.";
           };
           state_dir = mkOption {
-            type = narrow outsideStore "absolute path not in the Nix store, without white space or %" (
-              matching "[^%[:space:]]+"
-            );
+            type =
+              narrow outsideStore
+                "absolute path of a folder for ai-mux alone: not in the Nix store, without white space, quotes or %"
+                (
+                  path:
+                  matching "(/[^][%\"'\\[:space:]/]+){2,}/?" path
+                  && !matching ".*/[.]{1,2}(/.*)?|/var/lib(/private.*)?/?" path
+                );
             default = "/var/lib/ai-mux";
             description = ''
-              Where the logins lie. Elsewhere than in /var/lib/ai-mux the folder (no link) is made, or taken over if
-              it is there, together with a system user `ai-mux` to own it alone.
+              Where the logins are kept. A folder elsewhere than in /var/lib/ai-mux (not a link) is created, or taken
+              over if it exists, but not what is in it, and belongs to a system user `ai-mux`.
             '';
           };
           log_level = unset (types.enum [
@@ -222,9 +230,12 @@ in
             default = [ ];
             example = [
               "claude"
-              "chatgpt"
+              {
+                name = "chatgpt";
+                headers.x-team = "home";
+              }
             ];
-            description = "Which providers to serve; none means those whose login is there at the start, one at least.";
+            description = "Which providers to serve. If empty: those that have a login at the start, of which there must be one.";
           };
           users = mkOption {
             type = types.listOf (
@@ -249,13 +260,13 @@ in
           refresh_check_interval = unset duration "How often the logins are looked at; at least a second.";
           workers = unset (types.ints.between 1 65535) "Requests served at once.";
           proxy = unset (narrow types.str ''URL such as "http://HOST:PORT" or "socks5://HOST:PORT"'' (
-            matching "(https?|socks(4a?|5h?)?)://.+"
+            matching "(https?|socks(4a?|5h?)?)://[^[:space:]]+"
           )) "Proxy for everything sent upstream.";
           tls = mkOption {
             type = types.submodule {
               options = {
                 enabled = unset types.bool "Serve HTTPS.";
-                cert_path = unset (narrow types.str "absolute path" (lib.hasPrefix "/")) "Certificate chain, PEM.";
+                cert_path = unset path "Certificate chain, PEM.";
                 key_path = unset outsideStore "Private key, PEM.";
               };
             };
@@ -304,6 +315,9 @@ in
 
         sameName = repeated (map (user: user.name) settings.users);
         tokens = given (map (user: user.token) settings.users);
+        tokenFiles =
+          given (map (user: user.token_file) settings.users)
+          ++ lib.mapAttrsToList (_: user: user.tokenFile) cfg.users;
         isFileName = matching "[A-Za-z0-9][A-Za-z0-9._@-]{0,63}";
 
         # ProtectHome= and PrivateTmp= put empty folders in the place of these.
@@ -339,8 +353,8 @@ in
           ) settings.users;
           "settings.users: a token has at least 16 characters of visible ASCII; `openssl rand -hex 20` makes one." =
             !lib.all (matching "[!-~]{16,}") tokens;
-          "settings.users: two users have the same token; give each a token of its own." =
-            repeated tokens != [ ];
+          "users: two users have the same token, or its file; give each a token of its own." =
+            repeated (tokens ++ tokenFiles) != [ ];
           "users: two users are called ${quoted sameName}; give each a name of its own." = sameName != [ ];
           "users: a name begins with a letter or digit and has up to 64 of them and of . _ @ - since it names a file, too." =
             !lib.all isFileName (builtins.attrNames cfg.users);
@@ -391,7 +405,7 @@ in
         else
           mkIf (cfg.tls.certificate != null) {
             enabled = true;
-            cert_path = "${cfg.tls.certificate}";
+            cert_path = cfg.tls.certificate;
             key_path = cfg.tls.key;
           };
     };
@@ -419,6 +433,7 @@ in
       wantedBy = [ "multi-user.target" ];
       wants = [ "network-online.target" ] ++ acmeUnits;
       after = [ "network-online.target" ] ++ acmeUnits;
+      unitConfig.RequiresMountsFor = lib.optional elsewhere settings.state_dir;
       serviceConfig = {
         Type = "exec";
         ExecStart = "${lib.getExe cfg.package} --config ${configFile}";

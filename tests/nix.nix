@@ -55,6 +55,7 @@ let
           wantedBy = words;
           requiredBy = words;
           environment = any;
+          unitConfig = any;
           serviceConfig = any;
           path = option (types.listOf types.raw) [ ];
           script = option types.lines "";
@@ -343,6 +344,8 @@ let
       modules = [ (withSettings { state_dir = "/srv/mux"; }) ];
       holds = o: {
         "may be written" = o.unit.ReadWritePaths == [ "/srv/mux" ];
+        "is mounted first" =
+          o.config.systemd.services.ai-mux.unitConfig.RequiresMountsFor == [ "/srv/mux" ];
         "is made for a user that lasts" =
           o.config.systemd.tmpfiles.settings.ai-mux."/srv/mux".d == {
             user = "ai-mux";
@@ -355,6 +358,14 @@ let
     "the state in a folder below" = {
       modules = [ (withSettings { state_dir = "/var/lib/ai-mux/home"; }) ];
       holds = o: { "needs nothing more" = o.unit.ReadWritePaths == [ ] && o.config.users.users == { }; };
+    };
+    "a duration with leading zeros" = {
+      modules = [ (withSettings { request_timeout = "01h05.50s"; }) ];
+      holds = o: { "is taken" = o.file.request_timeout == "01h05.50s"; };
+    };
+    "an address with a zone" = {
+      modules = [ (withSettings { listen = "[fe80::1%eth0]:8080"; }) ];
+      holds = o: { "is taken" = o.file.listen == "[fe80::1%eth0]:8080"; };
     };
     "every setting" = {
       modules = [ (withSettings everySetting) ];
@@ -425,6 +436,11 @@ let
       "the state in two words" = setting "without white space" { state_dir = "/srv/my mux"; };
       "the state with a specifier" = setting "without white space" { state_dir = "/srv/%h"; };
       "the state by ~" = setting "absolute path" { state_dir = "~/.ai-mux"; };
+      "the state in the root's folder" = setting "for ai-mux alone" { state_dir = "/srv"; };
+      "the state in everyone's folder" = setting "for ai-mux alone" { state_dir = "/var/lib"; };
+      "the state by detours" = setting "for ai-mux alone" { state_dir = "/srv/mux/../.."; };
+      "the state in the store" = setting "not in the Nix store" { state_dir = "/nix/store"; };
+      "the state in marks" = setting "without white space, quotes" { state_dir = "/srv/o'mux"; };
       "the state at home" = setting ''move "/home/mux" to /var/lib'' { state_dir = "/home/mux"; };
       "no such log level" = setting ''"debug", "info", "warn", "error"'' { log_level = "verbose"; };
       "no workers" = setting "between 1 and 65535" { workers = 0; };
@@ -455,6 +471,9 @@ let
       "a password in an upstream" = claude ''begins with "https://"'' {
         base_url = "https://me:password@api.example.org";
       };
+      "an upstream of two lines" = claude ''begins with "https://"'' {
+        base_url = "https://api.example.org\n";
+      };
       "plain http" = claude ''begins with "https://"'' { base_url = "http://api.example.org"; };
       "plain http, in short" = claude ''begins with "https://"'' { base_url = "http://127.1:9"; };
       "plain http, nearly local" = claude ''begins with "https://"'' {
@@ -479,6 +498,10 @@ let
               "bob"
             ];
       };
+      "one token file for two" = option "the same token, or its file" {
+        users.alice.tokenFile = "/run/secrets/x";
+        users.bob.tokenFile = "/run/secrets/x";
+      };
       "one name for two" = refused ''two users are called "alice"'' [
         documented
         (enabled { users.alice.tokenFile = "/x"; })
@@ -491,6 +514,11 @@ let
       };
       "a token file in the store" = option "not in the Nix store" { users.alice.tokenFile = inStore; };
       "a token file somewhere" = option "absolute path" { users.alice.tokenFile = "secrets/a"; };
+      "a token file without quotes" = option "path in quotes" { users.alice.tokenFile = /x; };
+      "a certificate without quotes" = option "path in quotes" {
+        tls.certificate = /x;
+        tls.key = "/x";
+      };
 
       "a certificate without key" = option "both certificate and key" { tls.certificate = "/x"; };
       "a key without certificate" = option "both certificate and key" { tls.key = "/x"; };
