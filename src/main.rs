@@ -3,29 +3,49 @@
 //! keeps that one fresh and safely on disk, and streams the answer back as it comes.
 //!
 //! ```text
-//! client ══ TCP/TLS ══> gate, queue ── ticket ──> tiny_http ──> worker <══ ureq ══> upstream
-//!    ^                    │   ^                                  ^ │ ^
-//!    │                    └───│──── the exchange, parked ────────┘ │ └── token
-//!    │                        └──── verdict: the stream ───────────┤
-//!    └───────────────────────────── answer, piece by piece ────────┘
-//!
-//! token <── credential file <══ refresh, in turn ══> token endpoint
+//!    ┌══════════ body up, answer down, piece by piece ══════════┐
+//!    v                                                          v
+//! client ══ TCP/TLS: head ══> gate ── ticket ──> tiny_http ──> worker <══ ureq ══> upstream
+//!                             │  ^                             ^ │ ^
+//!                             │  └─── verdict: the stream ─────┼─┘ └── token <── credential file
+//!                             └────── exchange, parked ────────┘                   ^
+//!                                              token endpoint <══ refresh ─────────┘
 //! ```
 //!
-//! The **gate** is one thread that meets all clients: it takes in what they send without waiting
-//! for any one of them, and refuses what is malformed, has no token, or leads nowhere. A whole head
-//! becomes an **exchange**, which waits in the gate's queue until one of the **workers**, a pool of
-//! bounded size, is free. Then it is *parked*, and a ticket goes over the **inner connection** to
-//! tiny_http, which hands tickets to workers, and is kept from the network: there it has no
-//! deadlines, hangs under a burst, and aborts on an absurd length. The worker takes the exchange,
-//! and may now block, within its deadlines: it alone reads the body and writes upstream's answer,
-//! and it ends with a **verdict** on what becomes of the client's stream. A **credential** is a
-//! provider's login; whoever finds it ageing, a worker or its **keeper** in the background,
-//! refreshes it, one at a time. A **reply** is an answer of ai-mux's own; everything else that a
-//! client hears, but for 100 Continue, comes from **upstream**.
+//! - The **gate** is one thread that holds every client no worker has, and waits for none alone. It
+//!   reads heads, and refuses what is malformed, has no token, or leads nowhere.
+//! - An **exchange** is one request, from its head to its verdict. It queues in the gate for one of
+//!   the **workers**, a pool of bounded size, and is then *parked*: the next worker takes it.
+//! - **tiny_http** wakes that worker: it hands out a ticket that the gate sends it on the **inner
+//!   connection**. It is kept from the network: there it has no deadlines, hangs under a burst, and
+//!   aborts on an absurd length.
+//! - The worker may block, within its deadlines. It alone reads the body and writes upstream's
+//!   answer. Its **verdict** gives the client's stream back to the gate, or says that it is closed.
+//! - A **credential** is a provider's login. Whoever finds it ageing, a worker or its **keeper** in
+//!   the background, refreshes it, one at a time.
+//! - A **reply** is ai-mux's own answer; all else that a client hears, but for 100 Continue, is
+//!   upstream's.
 //!
-//! The file reads from the story to the reference: limits, main, gate, server, handler, credential,
-//! upstream, stream, config, replies, log, secret. But for helpers, callers stand above callees.
+//! The sections, story first; but for helpers, callers stand above callees:
+//!
+//! ```text
+//! limits      every bound
+//! main        command line, exit codes, state_dir's lock; helpers for locks, time, threads
+//! exchange    one request, from its head to its log line; what all threads share
+//! gate        the event loop: connections, queue, number of workers
+//!   the start   descriptors, signals, listener, TLS files
+//!   the head    from bytes to a checked `Head`
+//! server      tickets, panic fence
+//! handler     policy: `screen` (in the gate), `handle` (in a worker), users, routes, health
+//! credential  read, adopt, refresh, save a login
+//! upstream    what the vendors differ in, their files, header policy
+//!   the connection  ureq, roots, proxy, look-ups, deadlines
+//! stream      socket, deadline, TLS; body up, answer down
+//! config      from YAML or JSON to a checked `Config`
+//! replies     ai-mux's own answers
+//! log         access log, what may be shown, the logger
+//! secret      a token that does not print
+//! ```
 
 #![forbid(unsafe_code)]
 
@@ -67,8 +87,8 @@ use secret::Secret;
 static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 // ─── limits ──────────────────────────────────────────────────────────────────────────────────
-// The bounds of the program, each with its reason; those of single settings stand in config. Sizes
-// are bytes.
+// Every bound, with its reason unless it is a plain choice; those of settings stand in config.
+// Sizes are bytes.
 
 /// The largest head of a request, its request line and all fields.
 const HEAD_SIZE: usize = 32 << 10;
@@ -86,7 +106,8 @@ const IDLE_TIME: Duration = Duration::from_secs(300);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// What is read from a client in one go: a head and a small body fit.
 const READ_SIZE: usize = 8 << 10;
-/// The least length of a user's token; a method must be shorter, or the log could show one as such.
+/// The least length of a user's token. A method must be shorter: the log shows methods, and one
+/// could be a token.
 const USER_TOKEN_LENGTH: usize = 16;
 /// The most of a path or a request id, and the longest header name or value, that the log shows.
 const TEXT_SHOWN: usize = 200;
@@ -101,10 +122,10 @@ const BODY_RATE: u32 = 1 << 10;
 /// one silence in a request's body, may take.
 const PIECE_SIZE: usize = 16 << 10;
 const PIECE_TIME: Duration = Duration::from_secs(30);
-/// How often a write that found no room is tried again: Linux tells of room only once a third of
-/// the socket's buffer is free, megabytes maybe: for a slow reader, longer than `PIECE_TIME`.
+/// A blocked write is tried again this often, whatever poll says: Linux reports room only once a
+/// third of the socket's buffer is free, which a slow reader may need more than `PIECE_TIME` for.
 const RETRY_TIME: Duration = Duration::from_secs(1);
-/// How long what a client sends after its last answer is drained, so that it reads that answer.
+/// After a last answer, what the client still sends is drained this long: see `half_close`.
 const LINGER_TIME: Duration = Duration::from_secs(2);
 /// For tiny_http to hand out the first ticket, at start.
 const PICKUP_TIME: Duration = Duration::from_secs(5);
@@ -150,7 +171,7 @@ const REFRESH_SIZE: u64 = 64 << 10;
 /// An access token with less than this left is refreshed, but not within this time of the last
 /// refresh.
 const REFRESH_MARGIN: Duration = Duration::from_secs(60);
-/// Spent refresh tokens that are known again: of a year, mostly.
+/// Spent refresh tokens remembered, to recognise a file that is put back: about a year's.
 const SPENT_COUNT: usize = 1000;
 /// What is believed of `expires_in`, in seconds.
 const LIFETIME_MIN: f64 = 60.0;
@@ -259,16 +280,112 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
     thread.stack_size(STACK_SIZE).spawn(work).map(drop)
 }
 
+// ─── exchange ────────────────────────────────────────────────────────────────────────────────
+// What the gate and the workers hand to each other, and what all threads share. In: a client's
+// stream and a checked head. Out: at its end a line in the access log, and a verdict.
+
+/// A client's request, from its head to its verdict.
+struct Exchange {
+    stream: Stream,
+    head: Head,
+    /// What `hold` read of the body; if that is all of it, it can be sent again.
+    held: Cursor<Vec<u8>>,
+    /// How much longer the body may be waited for: only time spent waiting for the client counts.
+    patience: Duration,
+    /// Why reading the body failed: ureq shows only an error of its own.
+    body_error: Option<Reply>,
+    started: Instant,
+    /// `request_timeout`: for a free worker, and for the head of the answer from the request's end.
+    timeout: Duration,
+    report: Report,
+}
+
+/// What the access log will say of an exchange, beside its head.
+#[derive(Default)]
+struct Report {
+    user: String,
+    provider: &'static str,
+    /// The answer's status, 0 until it begins; its body's bytes; and how soon its head was sent.
+    status: u16,
+    bytes: u64,
+    first: Option<Duration>,
+    request_id: Option<HeaderValue>,
+}
+
+impl Exchange {
+    fn new(stream: Stream, head: Head, timeout: Duration) -> Exchange {
+        Exchange {
+            // When its head's first byte came or, pipelined, the answer before it ended.
+            started: stream.socket.deadline - HEAD_TIME,
+            stream,
+            head,
+            held: Cursor::default(),
+            patience: BODY_GRACE,
+            body_error: None,
+            timeout,
+            report: Report::default(),
+        }
+    }
+
+    /// Sends the reply, if any, writes the log line, and decides what becomes of the stream.
+    fn conclude(mut self, outcome: Outcome) -> Verdict {
+        let mut last = !self.head.keep_alive || !self.head.body.is_done();
+        let begun = self.report.status > 0; // then a reply can only be logged
+        let (whole, ended) = match outcome {
+            Ok(()) => (true, None),
+            Err(end) if begun || end.status == 0 => (false, Some(end.message)),
+            Err(reply) => {
+                last |= reply.status == 401; // so that nobody tries one token after another on it
+                let (answer, length) = reply.to_bytes(self.head.method == "HEAD", last);
+                (self.report.status, self.report.bytes) = (reply.status, length);
+                self.report.first = Some(self.started.elapsed());
+                match self.stream.write_piece(&answer) {
+                    Ok(()) => (true, Some(reply.message).filter(|_| reply.status != 200)),
+                    Err(e) => (false, Some(format!("the client took no reply: {e}"))),
+                }
+            }
+        };
+        log_line(&self, ended);
+        if whole && last {
+            self.stream.half_close();
+        }
+        whole.then(|| self.stream.enter_gate())
+    }
+}
+
+/// `Ok`: the client has its whole answer from upstream. Else the reply to send; with status 0, or
+/// once an answer has begun, why the connection is broken off instead.
+type Outcome = Result<(), Reply>;
+
+/// After an answer, the client's stream: for its next head or, if `draining`, to be drained only.
+/// `None`: closed without final chunk or TLS close_notify, so that the client sees it broken.
+type Verdict = Option<Stream>;
+
+/// What the gate, the workers and the keepers share.
+struct Proxy {
+    config: Config,
+    upstreams: Vec<Upstream>,
+    /// Exchanges that no worker has picked up yet: one for each ticket that is on its way.
+    parked: Mutex<VecDeque<Exchange>>,
+    /// Those of exchanges that are done, until the gate takes the streams back.
+    verdicts: Mutex<Vec<Verdict>>,
+    waker: UnixStream,
+}
+
+/// Set when a stop is about to close all upstream connections. From then on an answer's end, or a
+/// fault of upstream's, may be the stop's doing, and no refresh begins.
+static CUT: AtomicBool = AtomicBool::new(false);
+
 // ─── gate ────────────────────────────────────────────────────────────────────────────────────
 // In: client connections, verdicts, signals. Out: exchanges for the workers, whose heads are
-// well-formed and have passed the handler's screening; to the client, only what needs no worker, or
-// that none was free. It is one thread, shares `Proxy` with the workers, and waits for all clients
-// at once, never for one. Of a body it keeps what came with the head, and drains what still comes
-// after a last answer.
+// well-formed and have passed the handler's screening; and the replies that need no worker: health,
+// refusals, and 503 when none is free. It is one thread, shares `Proxy` with the workers, and waits
+// for all clients at once, never for one. Of a body it keeps what came with the head, and drains
+// what still comes after a last answer.
 
 struct Gate {
     proxy: &'static Proxy,
-    /// Until a signal comes.
+    /// `None` once a signal has come.
     listener: Option<TcpListener>,
     tls: Option<Tls>,
     /// How many connections there may be.
@@ -372,13 +489,14 @@ impl Gate {
             warned = admitted.is_err();
             if chores_at <= Instant::now() {
                 chores_at = Instant::now() + CHORE_INTERVAL;
-                // An idle worker ends: a grown stack keeps its pages as long as its thread lives.
+                // End idle workers: a thread keeps every page its stack ever grew to.
                 (self.busy..self.workers).for_each(|_| self.server.unblock());
                 self.workers = self.busy;
                 self.max_workers = self.proxy.config.workers as usize;
                 self.tls.iter_mut().for_each(Tls::renew);
             }
             if stop_at.is_some() {
+                // What verdicts have brought back gets no other request.
                 let open = self.connections.iter_mut().filter(|s| !s.draining);
                 open.for_each(Stream::half_close);
             }
@@ -463,7 +581,7 @@ impl Gate {
             Ok(Some(head)) => (head, Ok(())),
             Ok(None) => return self.connections.push(stream),
             Err(end) if end.status == 0 => return debug!("peer={peer} closed: {}", end.message),
-            Err(reply) => (Head::default(), Err(reply)), // which keeps nothing alive
+            Err(reply) => (Head::default(), Err(reply)), // closes: keep_alive is false
         };
         let mut exchange = Exchange::new(stream, head, self.proxy.config.request_timeout);
         let screened = read.and_then(|()| self.proxy.screen(&mut exchange));
@@ -506,7 +624,7 @@ impl Gate {
                 }
             };
             if let Err(e) = spawn("worker", work) {
-                let idle = self.busy < self.workers;
+                let idle = self.busy < self.workers; // then nobody waits for the new one
                 let level = if idle { Level::Debug } else { Level::Warn };
                 self.max_workers = self.workers;
                 return log!(level, "start a worker: {e}");
@@ -515,6 +633,10 @@ impl Gate {
         }
     }
 }
+
+// ─── gate: the start ─────────────────────────────────────────────────────────────────────────
+// In: the configuration, and what the process may do. Out: what the gate starts with: its bounds,
+// its signals, its listener, and the TLS settings, which are read again when their files change.
 
 /// Raises the descriptor limit if it may, and lowers `workers` to what it carries. Returns how many
 /// client connections there may be.
@@ -640,7 +762,7 @@ struct Head {
     fields: HeaderMap,
     http10: bool,
     body: Body,
-    /// A 100 Continue is waited for.
+    /// The client waits for a 100 Continue (RFC 9110 section 10.1.1).
     expect: bool,
     /// The connection may serve another request after this one.
     keep_alive: bool,
@@ -710,7 +832,7 @@ impl Head {
             _ if !target.starts_with('/') => Err("the target must be a path"),
             _ if !target.bytes().all(plain) => Err("the target must be percent-encoded"),
             _ if hosts.is_empty() && !self.http10 => Err("the Host header is missing"),
-            // Two of them have a comma between them, which no name has.
+            // Two are joined by a comma, which is not `hostly`.
             _ if !hosts.join(",").bytes().all(hostly) => Err("Host is not one host name"),
             "HEAD" if !self.body.is_done() => Err("a HEAD request must have no body"),
             _ if self.http10 && self.body.chunked => Err("HTTP/1.0 needs a Content-Length"),
@@ -735,23 +857,9 @@ fn lists(fields: &HeaderMap, name: &str, item: &str) -> bool {
 }
 
 // ─── server ──────────────────────────────────────────────────────────────────────────────────
-// In: requests from tiny_http. Out: a verdict for each exchange, whatever happens to it, and its
-// line in the access log. A panic in the handler ends here: it costs an answer, not a worker.
-
-/// What the gate, the workers and the keepers share.
-struct Proxy {
-    config: Config,
-    upstreams: Vec<Upstream>,
-    /// Exchanges that no worker has picked up yet: one for each ticket that is on its way.
-    parked: Mutex<VecDeque<Exchange>>,
-    /// Those of exchanges that are done, until the gate takes the streams back.
-    verdicts: Mutex<Vec<Verdict>>,
-    waker: UnixStream,
-}
-
-/// Set before a stop closes all connections to upstream: what looks like an answer's end, or like a
-/// fault of upstream's, may be that. No refresh begins any more.
-static CUT: AtomicBool = AtomicBool::new(false);
+// In: tickets from tiny_http, and the exchanges parked for them. Out: for each exchange, whatever
+// happens to it, a verdict and a line in the access log. A panic in the handler ends here: it costs
+// an answer, not a worker.
 
 /// What tiny_http gets for each exchange: the worker that receives it serves the exchange parked
 /// longest. All are alike, so if tiny_http hands out the one that is sent at start, it does all.
@@ -808,87 +916,11 @@ fn fence(mut exchange: Exchange, handle: impl FnOnce(&mut Exchange) -> Outcome) 
     concluded.unwrap_or_default()
 }
 
-/// What becomes of a stream after an answer. `None`: the connection is gone, without a final
-/// chunk or TLS close_notify. Else the next head may come; or no more, if the stream is draining.
-type Verdict = Option<Stream>;
-
-/// `Ok`: the client has its whole answer from upstream. Else the reply to send; with status 0, or
-/// once an answer has begun, why the connection is broken off instead.
-type Outcome = Result<(), Reply>;
-
-/// A client's request, from its head to its verdict.
-struct Exchange {
-    stream: Stream,
-    head: Head,
-    /// What `hold` read of the body; if that is all of it, it can be sent again.
-    held: Cursor<Vec<u8>>,
-    /// How much longer the body may be waited for: only time spent waiting for the client counts.
-    patience: Duration,
-    /// Why reading the body failed: ureq shows only an error of its own.
-    body_error: Option<Reply>,
-    started: Instant,
-    /// `request_timeout`: for a free worker, and for the head of the answer from the request's end.
-    timeout: Duration,
-    report: Report,
-}
-
-/// What the access log will say of an exchange, beside its head.
-#[derive(Default)]
-struct Report {
-    user: String,
-    provider: &'static str,
-    /// The answer's status, 0 until it begins; its body's bytes; and how soon its head was sent.
-    status: u16,
-    bytes: u64,
-    first: Option<Duration>,
-    request_id: Option<HeaderValue>,
-}
-
-impl Exchange {
-    fn new(stream: Stream, head: Head, timeout: Duration) -> Exchange {
-        Exchange {
-            // When its head's first byte came or, pipelined, the answer before it ended.
-            started: stream.socket.deadline - HEAD_TIME,
-            stream,
-            head,
-            held: Cursor::default(),
-            patience: BODY_GRACE,
-            body_error: None,
-            timeout,
-            report: Report::default(),
-        }
-    }
-
-    /// Sends the reply, if any, writes the log line, and decides what becomes of the stream.
-    fn conclude(mut self, outcome: Outcome) -> Verdict {
-        let mut last = !self.head.keep_alive || !self.head.body.is_done();
-        let begun = self.report.status > 0; // then a reply can only be logged
-        let (whole, ended) = match outcome {
-            Ok(()) => (true, None),
-            Err(end) if begun || end.status == 0 => (false, Some(end.message)),
-            Err(reply) => {
-                last |= reply.status == 401; // so that nobody tries one token after another on it
-                let (answer, length) = reply.to_bytes(self.head.method == "HEAD", last);
-                (self.report.status, self.report.bytes) = (reply.status, length);
-                self.report.first = Some(self.started.elapsed());
-                match self.stream.write_piece(&answer) {
-                    Ok(()) => (true, Some(reply.message).filter(|_| reply.status != 200)),
-                    Err(e) => (false, Some(format!("the client took no reply: {e}"))),
-                }
-            }
-        };
-        log_line(&self, ended);
-        if whole && last {
-            self.stream.half_close();
-        }
-        whole.then(|| self.stream.enter_gate())
-    }
-}
-
 // ─── handler ─────────────────────────────────────────────────────────────────────────────────
 // In: an exchange, whose head is well-formed. Out: the answer, on the exchange's stream, or a
-// reply. The order of the steps is the policy: nobody without a token learns which paths exist,
-// and no worker, no byte of the body and no refresh is spent on what is refused anyway.
+// reply. `screen` runs in the gate, `handle` in a worker. The order of the steps is the policy:
+// nobody without a token learns which paths exist, and no worker, no byte of the body and no
+// refresh is spent on what is refused anyway.
 
 impl Proxy {
     /// What the gate can tell by the head alone. `Ok`: it takes a worker; else the gate's own
@@ -896,7 +928,7 @@ impl Proxy {
     fn screen(&self, exchange: &mut Exchange) -> Result<(), Reply> {
         let users = &self.config.users;
         if has_token(path_of(&exchange.head.target).as_bytes(), users) {
-            exchange.head.target = "(a token)".into(); // which leads nowhere
+            exchange.head.target = "(a token)".into(); // for the log; and 404
         }
         let (head, peer) = (&exchange.head, exchange.stream.peer);
         debug!("peer={peer} request: {}", shown(&head.fields, users));
@@ -1069,8 +1101,8 @@ impl Token {
     }
 }
 
-/// What is needed of a token endpoint's answer. Nothing that stands beside these can spoil it: by
-/// then the old token is spent.
+/// What is used of a token endpoint's answer. Each is any `Value`, and what stands beside them is
+/// skipped: no odd field may cost us the new token, as the old one is spent by then.
 #[derive(Default, serde::Deserialize)]
 #[serde(default)]
 struct TokenAnswer {
@@ -1120,7 +1152,7 @@ impl Credential {
         let mut state = self.reload(false);
         if let Some(old) = state.due(REFRESH_MARGIN, rejected).cloned() {
             drop(state);
-            let turn = self.turn.try_lock().ok(); // after a panic none: the keeper refreshes
+            let turn = self.turn.try_lock().ok(); // after a panic `None`, too: the keeper refreshes
             if turn.is_none() && old.lasts(Duration::ZERO) && rejected != Some(&old.access) {
                 return Ok(old);
             }
@@ -1240,6 +1272,7 @@ impl Credential {
     fn request_token(&self, old: &Token) -> Result<Token, RefreshError> {
         let (provider, url, via) = (self.provider, &self.token_url, via(&self.agent));
         let passing = |e: &dyn Display| (format!("{url}{via}: {e}"), Some(Duration::ZERO));
+        // In JSON, as the vendors' own tools send it, not in the form of RFC 6749 section 6.
         let mut grant: Value = provider.grant.iter().copied().collect();
         grant["grant_type"] = "refresh_token".into();
         grant["refresh_token"] = old.refresh.as_ref().map(Secret::expose).into();
@@ -1314,7 +1347,7 @@ impl Credential {
     }
 
     /// Replaces the file whole, through links: a new one is written beside it, synced, and renamed
-    /// over it if it still looks as `before`. Without that, all up to there is rehearsed.
+    /// over it if that still looks as `before`. `None` rehearses: all of it but the rename.
     fn replace(&self, text: &str, before: Option<Stamp>) -> Result<(), String> {
         let (name, folder) = (self.path.display(), self.folder());
         let failed =
@@ -1397,9 +1430,9 @@ impl Credential {
         state
     }
 
-    /// Takes what the file holds, a login or why there is none, unless that is no news: what is in
-    /// use, or, while our new login is unsaved, that one or one spent for it. Over a spent one that
-    /// is back, ours is to be saved.
+    /// Takes over what the file holds, a login or why there is none; but not what is in use
+    /// already, nor, while our new login is unsaved, that one or one spent for it. If a spent one
+    /// was put back, ours is marked to be saved over it.
     fn adopt(&self, state: &mut State, found: Result<Token, String>) {
         let name = self.provider.name;
         if let (Some(last), Ok(Token { refresh, .. })) = (state.last.clone(), &found) {
@@ -1530,7 +1563,8 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 
 // ─── upstream ────────────────────────────────────────────────────────────────────────────────
 // In: a checked request and a token. Out: the upstream's answer, head read and body not. The
-// header policy stands here: strip what is the client's own, set what is ours last.
+// header policy stands here: strip what is the client's own, set what is ours last. So do all facts
+// about the vendors, their endpoints and their files.
 
 /// What differs between the two vendors.
 struct Provider {
@@ -1597,6 +1631,8 @@ impl Provider {
         state_dir.join(self.name).join(self.file)
     }
 
+    /// The login in a parsed file; what it lacks of expiry and account, from the access token's
+    /// claims. `None` without an access token.
     fn token_in(&self, json: &Value) -> Option<Token> {
         let [access, refresh, expires] = self.keys;
         let inside = json[self.object].is_object();
@@ -1766,6 +1802,10 @@ fn is_hop_by_hop(name: &str) -> bool {
         || name.starts_with("proxy-")
 }
 
+// ─── upstream: the connection ────────────────────────────────────────────────────────────────
+// In: a URL, and a time to wait. Out: an open connection, which ureq makes and keeps. What ureq is
+// told stands here, and what it lacks: a proxy for some hosts, known addresses, deadlines.
+
 /// What vouches for an upstream: the built-in roots, or those in `SSL_CERT_FILE`.
 fn roots() -> Result<RootCerts, String> {
     let file = std::env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty());
@@ -1791,7 +1831,7 @@ fn agent_config(config: &Config, roots: &RootCerts, url: &str) -> Result<AgentCo
         .allow_non_standard_methods(true)
         .input_buffer_size(UPSTREAM_INPUT)
         .output_buffer_size(UPSTREAM_OUTPUT)
-        .max_response_header_size(UPSTREAM_INPUT) // held against a whole buffer behind a 1xx
+        .max_response_header_size(UPSTREAM_INPUT) // after a 1xx, ureq measures its whole buffer
         .max_idle_age(UPSTREAM_IDLE))
 }
 
@@ -1872,13 +1912,14 @@ impl Resolver for Lookup {
 }
 
 thread_local! {
-    /// Until when this thread waits for upstream to take or to send what is next.
+    /// Until when this thread waits for upstream to take or to send what is next. Set anew for each
+    /// step, by `request_token`, `send`, the body's reader and `relay`: ureq passes nothing down.
     static WAIT_END: Cell<Instant> = Cell::new(Instant::now());
 }
 
-/// A ureq transport that waits until `WAIT_END`, and is open only if nothing is left to read;
-/// `Deadline<()>` makes one of any other. ureq's own limits start anew with each phase of a
-/// request, and that for one read is for heads and handshakes, too.
+/// A ureq transport that waits until `WAIT_END` at most, and is open only if nothing is left to
+/// read; `Deadline<()>` wraps any other in one. ureq's own limits would not do: they start anew
+/// with each phase of a request, and the one for a single read is for heads and handshakes, too.
 #[derive(Debug)]
 struct Deadline<T>(T);
 
@@ -1892,10 +1933,10 @@ impl<T: Transport> Connector<T> for Deadline<()> {
     }
 }
 
-/// `time`, or what is left until `WAIT_END` if less: `is_open` asks for no wait at all, and behind
-/// an HTTP proxy one `Deadline` is inside another.
+/// The lesser of `time` and what is left until `WAIT_END`. `time` can be less: `is_open` asks for
+/// no wait, and behind an HTTP proxy one `Deadline` is inside another.
 fn in_time(mut time: NextTimeout) -> NextTimeout {
-    // In tenths of a second: over plain HTTP mostly the same again, and the socket is not set anew.
+    // Rounded up to 0.1 s: mostly the same as before then, and plain HTTP saves a setsockopt(2).
     let left = left_until(WAIT_END.get()).as_micros();
     let left = Duration::from_micros(left.next_multiple_of(100_000) as u64);
     time.after = time.after.min(left.into());
@@ -1916,7 +1957,7 @@ impl<T: Transport> Transport for Deadline<T> {
     }
 
     fn is_open(&mut self) -> bool {
-        // TLS may have read more already, or its end; an error is the time-out: nothing has come.
+        // TLS may hold input or its end already. The error is the time-out: nothing has come.
         let time = NextTimeout {
             after: Duration::ZERO.into(),
             ..NextTimeout::default()
@@ -1936,13 +1977,14 @@ impl<T: Transport> Transport for Deadline<T> {
 struct Socket {
     /// Never blocks by itself.
     tcp: TcpStream,
-    /// When the present step ends in `TimedOut`.
+    /// When the present step must be done: a read, a write, or a wait in the gate or its queue.
     deadline: Instant,
     /// Whether a step waits until then, as with a worker, or is `WouldBlock`, as in the gate.
     blocking: bool,
 }
 
 impl Socket {
+    /// One read or write, tried until it does not block, or until the deadline.
     fn step<T>(&self, flags: PollFlags, mut go: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         loop {
             let left = left_until(self.deadline);
@@ -1971,8 +2013,8 @@ impl Write for Socket {
         self.step(PollFlags::OUT, || (&self.tcp).write(bytes))
     }
 
-    /// All of rustls's records in one call: after an error it makes only one, and the alert is the
-    /// last record.
+    /// Takes all of rustls's records at once: after an error it writes only once, and its alert is
+    /// the last record.
     fn write_vectored(&mut self, records: &[IoSlice]) -> io::Result<usize> {
         self.step(PollFlags::OUT, || (&self.tcp).write_vectored(records))
     }
@@ -2028,7 +2070,7 @@ impl Stream {
         self.buffered.shrink_to_fit(); // an idle connection holds no buffer
         self.socket.blocking = false;
         self.socket.deadline = Instant::now() + self.allowance();
-        // What was read already, the socket does not tell of.
+        // poll(2) does not tell of what was read already.
         self.must_read = self.tls.is_some() || !self.buffered.is_empty();
         self
     }
@@ -2082,7 +2124,7 @@ impl Stream {
         Ok(None)
     }
 
-    /// Takes in what has come, behind what was read ahead.
+    /// Reads some more onto the end of `buffered`: how much, 0 at the client's end.
     fn fill(&mut self) -> io::Result<usize> {
         let mut chunk = [0; READ_SIZE];
         let count = loop {
@@ -2103,6 +2145,7 @@ impl Stream {
         Ok(count)
     }
 
+    /// Writes all of it, within `PIECE_TIME`.
     fn write_piece(&mut self, piece: &[u8]) -> io::Result<()> {
         self.socket.deadline = Instant::now() + PIECE_TIME;
         let Some(tls) = &mut self.tls else {
@@ -2632,7 +2675,8 @@ fn whole_uri(text: &str) -> Option<http::Uri> {
 }
 
 // ─── replies ─────────────────────────────────────────────────────────────────────────────────
-// Out: what a client hears from ai-mux itself, and in each message what to do.
+// In: a status, and a message that says what to do. Out: an answer of ai-mux's own, in the one
+// JSON shape that both vendors' SDKs show.
 
 struct Reply {
     /// 0: nobody hears it, it is only logged, as the connection is broken off.
@@ -2650,7 +2694,7 @@ impl Reply {
         }
     }
 
-    /// The whole answer: head, and the body that both vendors' SDKs show; and that one's length.
+    /// The answer, head and body, and how many bytes of it are body; `last`: the connection closes.
     fn to_bytes(&self, head_only: bool, last: bool) -> (Vec<u8>, u64) {
         let status = http::StatusCode::from_u16(self.status).unwrap_or_default();
         let upgrade = "upgrade: HTTP/1.1\r\nconnection: upgrade\r\n";
@@ -2753,7 +2797,7 @@ fn shown(headers: &HeaderMap, users: &[User]) -> String {
 }
 
 /// Whether a text, as far as the log shows it, has a user's token in it; in lower case, too, as the
-/// names of headers are. In constant time: who sent a request is not known yet.
+/// names of headers are. Each comparison takes constant time: the sender is not known yet.
 fn has_token(text: &[u8], users: &[User]) -> bool {
     let text = text.to_ascii_lowercase();
     users.iter().any(|user| {
