@@ -1,4 +1,4 @@
-//! Who may ask: exactly those who show a user's token, and they are told so before anything is read of them.
+//! Only who shows a user's token may ask; anyone else is told so before anything of the body is read.
 
 mod common;
 use common::*;

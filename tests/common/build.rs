@@ -1,4 +1,4 @@
-//! For programs that are run by themselves: cargo builds only them.
+//! Builds ai-mux for the demo and the soak: cargo builds only those two when they are run.
 
 use std::process::Command;
 
