@@ -2159,6 +2159,7 @@ impl Stream {
     /// Says that nothing more will be sent. What still comes is drained: a client that is sending
     /// would see a reset, and not the answer, were it closed at once (RFC 9112 section 9.6).
     fn half_close(&mut self) {
+        self.socket.deadline = Instant::now() + PIECE_TIME; // in the gate it may be over
         if let Some(tls) = &mut self.tls {
             tls.send_close_notify();
             while tls.wants_write() && tls.write_tls(&mut self.socket).is_ok() {}
@@ -2166,6 +2167,16 @@ impl Stream {
         let _ = self.socket.tcp.shutdown(Shutdown::Write);
         self.draining = true;
         self.socket.deadline = Instant::now() + self.allowance();
+    }
+}
+
+/// What the gate drops was not cut off, and TLS says so (RFC 9112 section 9.8); what a worker drops
+/// must be seen to be broken.
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if !self.socket.blocking {
+            self.half_close();
+        }
     }
 }
 

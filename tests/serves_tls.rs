@@ -262,6 +262,30 @@ fn the_last_answer_ends_tls() {
     assert_eq!(client.wire.some().expect("a clean end"), b"");
 }
 
+/// So do a stop, and making room for others: nothing was cut off there, either (RFC 9112 section 9.8).
+#[test]
+fn an_idle_connection_that_is_closed_ends_tls() {
+    let authority = Authority::new();
+    let up = Upstream::plain();
+    // That carries one worker and five connections.
+    let setup = Setup::new(&up).tls(&authority).set("workers", 1);
+    let mut mux = setup.shell("ulimit -n 40; exec \"$@\"").start();
+    let idle = |mux: &Mux| {
+        let mut client = Client::tls(mux.addr, &authority);
+        client.request("POST", MESSAGES, &[BEARER], b"{}");
+        assert_eq!(client.answer().text(), "fine");
+        client
+    };
+    let mut quietest = idle(&mux);
+    let others: Vec<_> = (0..5).map(|_| Client::new(mux.addr)).collect();
+    assert_eq!(quietest.wire.some().expect("a clean end"), b"");
+    drop(others);
+    let mut last = idle(&mux);
+    mux.signal(Signal::TERM);
+    assert_eq!(last.wire.some().expect("a clean end"), b"");
+    assert_eq!(mux.wait_exit(), 0);
+}
+
 /// One that knows nothing newer is served, and one that has no protocol in common is told so.
 #[test]
 fn the_protocol_is_agreed_on_or_its_lack_is_told() {
