@@ -162,6 +162,19 @@ fn a_record_that_drips_is_let_go() {
     });
 }
 
+/// One that ends in time is ended like any other: with a close_notify, since no answer was cut off.
+#[test]
+fn a_record_that_stays_half_is_let_go_in_form() {
+    let authority = Authority::new();
+    let mux = Setup::new(&Upstream::plain()).tls(&authority).start();
+    let mut client = Client::tls(mux.addr, &authority);
+    client.request("POST", MESSAGES, &[BEARER], b"{}").answer();
+    let beginning = b"\x17\x03\x03\x00\x80";
+    let mut socket = client.wire.socket();
+    socket.write_all(beginning).expect("send the beginning");
+    assert_eq!(client.wire.some().expect("a clean end"), b"");
+}
+
 /// A client that changes its keys between two requests has begun none: it hears of none that was too slow.
 #[test]
 fn new_keys_are_no_head_that_has_begun() {
