@@ -76,7 +76,7 @@ let
   # One that is not in quotes would be copied to the store.
   path = narrow types.str "absolute path in quotes" (lib.hasPrefix "/");
   outsideStore = narrow (types.externalPath or path) "absolute path in quotes, not in the Nix store" (
-    path: !lib.hasPrefix builtins.storeDir path
+    path: !lib.hasPrefix "${builtins.storeDir}/" "${path}/"
   );
 
   # A setting that is left to the program's own default.
@@ -202,16 +202,16 @@ in
           state_dir = mkOption {
             type =
               narrow outsideStore
-                "absolute path of a folder for ai-mux alone: not in the Nix store, without white space, quotes or %"
+                "absolute path of a folder for ai-mux alone, like /srv/ai-mux: without white space, quotes, \\ or %"
                 (
                   path:
-                  matching "(/[^][%\"'\\[:space:]/]+){2,}/?" path
-                  && !matching ".*/[.]{1,2}(/.*)?|/var/lib(/private.*)?/?" path
+                  matching "(/[^%\"'\\[:space:]/]+){2,}/?" path
+                  && !matching ".*/[.]{1,2}(/.*)?|/(dev|etc|nix|proc|run|sys|usr)/.*|/var/[^/]+/?|/var/lib/private(/.*)?" path
                 );
             default = "/var/lib/ai-mux";
             description = ''
               Where the logins are kept. A folder elsewhere than in /var/lib/ai-mux (not a link) is created, or taken
-              over if it exists, but not what is in it, and belongs to a system user `ai-mux`.
+              over if it exists (what is in it keeps its owner); it belongs to a system user `ai-mux`.
             '';
           };
           log_level = unset (types.enum [

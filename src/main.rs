@@ -26,12 +26,12 @@
 //! - A **reply** is ai-mux's own answer; all else that a client hears, but for 100 Continue, is
 //!   upstream's.
 //!
-//! The sections, story first; but for helpers, callers stand above callees:
+//! The sections, story first; but for helpers and exchanges, callers stand above callees:
 //!
 //! ```text
 //! limits      every bound
 //! main        command line, exit codes, state_dir's lock; helpers for locks, time, threads
-//! exchange    one request, from its head to its log line; what all threads share
+//! exchange    one request, from its head to its verdict; what all threads share
 //! gate        the event loop: connections, queue, number of workers
 //!   the start   descriptors, signals, listener, TLS files
 //!   the head    from bytes to a checked `Head`
@@ -87,8 +87,8 @@ use secret::Secret;
 static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 // ─── limits ──────────────────────────────────────────────────────────────────────────────────
-// Every bound, with its reason unless it is a plain choice; those of settings stand in config.
-// Sizes are bytes.
+// The bounds of the program, each with its reason unless it is a plain choice; most of those of a
+// setting stand in config. Sizes are bytes.
 
 /// The largest head of a request, its request line and all fields.
 const HEAD_SIZE: usize = 32 << 10;
@@ -624,7 +624,7 @@ impl Gate {
                 }
             };
             if let Err(e) = spawn("worker", work) {
-                let idle = self.busy < self.workers; // then nobody waits for the new one
+                let idle = self.busy < self.workers; // then it is not urgent
                 let level = if idle { Level::Debug } else { Level::Warn };
                 self.max_workers = self.workers;
                 return log!(level, "start a worker: {e}");
@@ -1443,7 +1443,7 @@ impl Credential {
             if spent && !ours {
                 // To spend it again would end the login: what it brought goes over it.
                 (state.token, state.unsaved) = (Some(last.token), true);
-                let why = "its file has a login again that was spent; ours goes over it".into();
+                let why = "its file holds a login again that was spent; ours goes over it".into();
                 return self.fail(state, why, Some(Duration::ZERO));
             }
         }
@@ -1467,7 +1467,7 @@ impl Credential {
         let failed = |e: io::Error| self.unusable(e.kind(), &format!("cannot be read: {e}"));
         let meta = fs::metadata(&self.path).map_err(failed)?;
         if meta.uid() != rustix::process::geteuid().as_raw() {
-            let what = format!("is user {}'s (who may need it), not ai-mux's", meta.uid());
+            let what = format!("is user {}'s, not ai-mux's, and may be in use", meta.uid());
             return Err(self.unusable(ErrorKind::PermissionDenied, &what));
         }
         if !meta.is_file() || meta.len() > FILE_SIZE {
@@ -1499,18 +1499,17 @@ impl Credential {
             let user = rustix::process::geteuid().as_raw();
             let state_dir = self.path.ancestors().nth(2);
             let dynamic = state_dir.filter(|_| (61184..=65519).contains(&user));
-            let owner = dynamic.map_or(user.to_string(), |dir| format!("--reference={dir:?}"));
+            let owner = dynamic.map(|dir| format!("--reference={}", quoted(dir)));
+            let owner = owner.unwrap_or(user.to_string());
             remedy += &format!(", or: chown -RH {owner} {folder} && chmod -R u+rwX {folder}");
         }
         io::Error::new(kind, format!("{name} {what}; {remedy}"))
     }
 
-    /// The file's folder, links resolved if possible, in quotes for a shell: single ones, which the
-    /// log and JSON leave as they are.
+    /// The file's folder, links resolved if possible, for a shell.
     fn folder(&self) -> String {
         let path = self.path.canonicalize().unwrap_or(self.path.clone());
-        let folder = path.parent().unwrap_or(&path).display().to_string();
-        format!("'{}'", folder.replace('\'', r"'\''"))
+        quoted(path.parent().unwrap_or(&path))
     }
 
     /// What the owner does about a login that is missing or dead.
@@ -1519,6 +1518,11 @@ impl Credential {
         let login = self.provider.login.replace("FOLDER", &folder);
         format!("log in with: mkdir -p {folder} && {login}")
     }
+}
+
+/// For a shell: in single quotes, which neither the log nor JSON escapes.
+fn quoted(path: &Path) -> String {
+    format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
 }
 
 fn secret_in(value: &Value) -> Option<Secret> {
@@ -1563,8 +1567,8 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 
 // ─── upstream ────────────────────────────────────────────────────────────────────────────────
 // In: a checked request and a token. Out: the upstream's answer, head read and body not. The
-// header policy stands here: strip what is the client's own, set what is ours last. So do all facts
-// about the vendors, their endpoints and their files.
+// header policy stands here: strip what is the client's own, set what is ours last. Most facts
+// about the vendors stand here, too: their endpoints and their files.
 
 /// What differs between the two vendors.
 struct Provider {
@@ -1900,7 +1904,7 @@ impl Resolver for Lookup {
         if known.is_some() {
             time.after = time.after.min(LOOKUP_TIME.into());
         }
-        // It has a thread look the name up, and panics where there is none to be had.
+        // It has a thread look the name up, and panics, as the log then says, where there is none.
         let look_up = || DefaultResolver::default().resolve(uri, config, time);
         let none = |_| Err(io::Error::other("no thread for a look-up").into());
         let found = catch_unwind(AssertUnwindSafe(look_up)).unwrap_or_else(none);
@@ -2159,7 +2163,6 @@ impl Stream {
     /// Says that nothing more will be sent. What still comes is drained: a client that is sending
     /// would see a reset, and not the answer, were it closed at once (RFC 9112 section 9.6).
     fn half_close(&mut self) {
-        self.socket.deadline = Instant::now() + PIECE_TIME; // in the gate it may be over
         if let Some(tls) = &mut self.tls {
             tls.send_close_notify();
             while tls.wants_write() && tls.write_tls(&mut self.socket).is_ok() {}
@@ -2170,11 +2173,12 @@ impl Stream {
     }
 }
 
-/// What the gate drops was not cut off, and TLS says so (RFC 9112 section 9.8); what a worker drops
-/// must be seen to be broken.
+/// What the gate drops cuts off no answer of upstream's, and TLS says so (RFC 9112 section 9.8);
+/// what a worker drops must be seen to be broken.
 impl Drop for Stream {
     fn drop(&mut self) {
-        if !self.socket.blocking {
+        if !self.socket.blocking && !thread::panicking() {
+            self.socket.deadline = Instant::now() + PIECE_TIME; // it may be over
             self.half_close();
         }
     }
@@ -2395,7 +2399,7 @@ fn answer_head(parts: &Parts, request: &Head) -> (Vec<u8>, bool) {
 // is not shown where it could be a secret.
 
 struct Config {
-    /// Host, an IPv6 address in brackets, and port.
+    /// Host (an IPv6 address in brackets) and port.
     listen: (String, u16),
     state_dir: PathBuf,
     log_level: LevelFilter,
@@ -2591,7 +2595,7 @@ fn field<T>(name: &str, of: &mut Mapping, or: impl Into<Yaml>, kind: Kind<T>) ->
     let secret = secret || marks.iter().any(|mark| text.contains(mark));
     let shown = match &value {
         Yaml::Mapping(_) | Yaml::Sequence(_) | Yaml::Tagged(_) => "a nested value",
-        _ if secret && text.len() > 2 => "something (not shown)",
+        _ if secret && text != "\"\"" => "something (not shown)",
         _ => &text,
     };
     parse(&value).ok_or_else(|| format!("{name}: found {shown}, expected {expected}"))
@@ -2664,7 +2668,7 @@ const NAME: Kind<String> = ("a name, but not -, without control characters", |va
     value.as_str().filter(fine).map(str::to_owned)
 });
 
-const TOKEN: Kind<Secret> = ("16+ visible ASCII, quoted, or a token_file", |value| {
+const TOKEN: Kind<Secret> = ("a text of 16+ visible ASCII, or a token_file", |value| {
     let fine = |text: &&str| text.len() >= USER_TOKEN_LENGTH && !text.contains(' ');
     Secret::new(value.as_str().filter(fine)?)
 });

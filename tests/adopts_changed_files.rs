@@ -425,7 +425,7 @@ fn the_remedy_for_a_file_of_another_user_mends_it() {
         }
         let message = assert_down(&mux, "another user's");
         let (_, remedy) = message.split_once(", or: ").expect("a command");
-        let reference = format!("--reference={:?}", mux.state());
+        let reference = format!("--reference='{}'", mux.state().display());
         assert_eq!(remedy.contains(&reference), by_reference, "{message}");
         let mended = Command::new("sh").args(["-c", remedy]).status();
         assert!(mended.expect("run sh").success(), "{remedy}");

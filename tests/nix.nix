@@ -439,7 +439,8 @@ let
       "the state in the root's folder" = setting "for ai-mux alone" { state_dir = "/srv"; };
       "the state in everyone's folder" = setting "for ai-mux alone" { state_dir = "/var/lib"; };
       "the state by detours" = setting "for ai-mux alone" { state_dir = "/srv/mux/../.."; };
-      "the state in the store" = setting "not in the Nix store" { state_dir = "/nix/store"; };
+      "the state in the store" = setting "for ai-mux alone" { state_dir = "/nix/store"; };
+      "the state among the system's" = setting "for ai-mux alone" { state_dir = "/etc/ssh"; };
       "the state in marks" = setting "without white space, quotes" { state_dir = "/srv/o'mux"; };
       "the state at home" = setting ''move "/home/mux" to /var/lib'' { state_dir = "/home/mux"; };
       "no such log level" = setting ''"debug", "info", "warn", "error"'' { log_level = "verbose"; };

@@ -154,7 +154,11 @@ const TABLE: &[(&str, &[&str])] = &[
     ),
     (
         "users: [{name: alice, token: 1234567890123456}]",
-        &["users", "token", "quoted"],
+        &["users", "token", "a text"],
+    ),
+    (
+        "users: [{name: alice, token: 42}]",
+        &["users", "token", "not shown"],
     ),
     (
         "users: [{name: alice, token: Sk4rTz9wQp2mVx7n, token_file: /dev/null}]",

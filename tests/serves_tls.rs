@@ -272,8 +272,9 @@ fn an_idle_connection_that_is_closed_ends_tls() {
     let mut mux = setup.shell("ulimit -n 40; exec \"$@\"").start();
     let idle = |mux: &Mux| {
         let mut client = Client::tls(mux.addr, &authority);
-        client.request("POST", MESSAGES, &[BEARER], b"{}");
-        assert_eq!(client.answer().text(), "fine");
+        // From the gate itself: a worker might still have the connection when others come.
+        client.request("GET", "/healthz", &[], b"");
+        assert_eq!(client.answer().status, 200);
         client
     };
     let mut quietest = idle(&mux);
