@@ -21,8 +21,8 @@
 //!   aborts on an absurd length.
 //! - The worker may block, within its deadlines. It alone reads the body and writes upstream's
 //!   answer. Its **verdict** gives the client's stream back to the gate, or says that it is closed.
-//! - A **credential** is a provider's login. Whoever finds it ageing, a worker or its **keeper** in
-//!   the background, refreshes it, one at a time.
+//! - A **credential** looks after a provider's **login**, the tokens in its file. Whoever finds that
+//!   ageing, a worker or the credential's **keeper** in the background, refreshes it, in turn.
 //! - A **reply** is ai-mux's own answer; all else that a client hears, but for 100 Continue, is
 //!   upstream's.
 //!
@@ -561,11 +561,11 @@ impl Gate {
         };
         tcp.set_nonblocking(true)?;
         tcp.set_nodelay(true)?;
-        let tls = self.tls.as_ref().map(|tls| tls.config.clone());
-        let tls = tls.map(rustls::ServerConnection::new).transpose();
-        let tls = tls.map_err(io::Error::other)?;
+        let new_session = |tls: &Tls| rustls::ServerConnection::new(tls.config.clone());
+        let session = self.tls.as_ref().map(new_session).transpose();
         let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-        self.connections.push(Stream::new(tcp, peer, tls));
+        let stream = Stream::new(tcp, peer, session.map_err(io::Error::other)?);
+        self.connections.push(stream);
         Ok(())
     }
 
@@ -715,11 +715,11 @@ impl Tls {
         let (cert, name) = (cert.display(), key.display());
         let pem = fs::read(key).map_err(|e| format!("key_path: {name}: {e}"))?;
         // The parser's own error could quote the key.
-        let none = |_| format!("key_path: {name}: found no private key, expected PEM");
-        let pem = PrivateKeyDer::from_pem_slice(&pem).map_err(none)?;
-        let config = rustls::ServerConfig::builder().with_no_client_auth();
-        let other = |e| format!("key_path: {name}: is not the key of {cert}: {e}");
-        let mut config = config.with_single_cert(chain, pem).map_err(other)?;
+        let no_key = |_| format!("key_path: {name}: found no private key, expected PEM");
+        let key = PrivateKeyDer::from_pem_slice(&pem).map_err(no_key)?;
+        let builder = rustls::ServerConfig::builder().with_no_client_auth();
+        let not_a_pair = |e| format!("key_path: {name}: is not the key of {cert}: {e}");
+        let mut config = builder.with_single_cert(chain, key).map_err(not_a_pair)?;
         config.alpn_protocols = vec![b"http/1.1".to_vec(), b"http/1.0".to_vec()];
         Ok(Tls {
             files,
@@ -795,11 +795,11 @@ impl Head {
         if bytes.starts_with(b"\r") || !lines.all(|l| l.is_ascii() && l.ends_with(b"\r\n")) {
             return Err(malformed("no request line, a bare LF, or not ASCII"));
         }
-        let field = |field: &httparse::Header| {
+        let checked = |field: &httparse::Header| {
             let name = HeaderName::try_from(field.name).ok();
             name.zip(HeaderValue::from_bytes(field.value).ok())
         };
-        let fields: Option<HeaderMap> = request.headers.iter().map(field).collect();
+        let fields: Option<HeaderMap> = request.headers.iter().map(checked).collect();
         let fields = fields.ok_or_else(|| malformed("a header's name or value is not valid"))?;
         let http10 = request.version == Some(0);
         let head = Head {
@@ -822,18 +822,18 @@ impl Head {
         let (method, target) = (self.method.as_str(), self.target.as_str());
         let capitals = method.bytes().all(|b| b.is_ascii_uppercase() || b == b'-');
         // What http::Uri takes in a query; '#' would begin a fragment.
-        let plain = |b| matches!(b, 0x21 | 0x24..=0x3b | 0x3d | 0x3f..=0x7e);
+        let in_targets = |b| matches!(b, 0x21 | 0x24..=0x3b | 0x3d | 0x3f..=0x7e);
         let hosts: Vec<_> = items(&self.fields, "host").collect();
-        let hostly = |b: u8| b.is_ascii_alphanumeric() || b"-._~:[]%".contains(&b);
+        let in_hosts = |b: u8| b.is_ascii_alphanumeric() || b"-._~:[]%".contains(&b);
         match method {
             // TRACE would have the upstream send our token back to the client.
             "TRACE" | "TRACK" | "CONNECT" => Err("the method is not one that can be passed on"),
             _ if !capitals || method.len() >= USER_TOKEN_LENGTH => Err("the method is not valid"),
             _ if !target.starts_with('/') => Err("the target must be a path"),
-            _ if !target.bytes().all(plain) => Err("the target must be percent-encoded"),
+            _ if !target.bytes().all(in_targets) => Err("the target must be percent-encoded"),
             _ if hosts.is_empty() && !self.http10 => Err("the Host header is missing"),
-            // Two are joined by a comma, which is not `hostly`.
-            _ if !hosts.join(",").bytes().all(hostly) => Err("Host is not one host name"),
+            // Two are joined by a comma, which no host has.
+            _ if !hosts.join(",").bytes().all(in_hosts) => Err("Host is not one host name"),
             "HEAD" if !self.body.is_done() => Err("a HEAD request must have no body"),
             _ if self.http10 && self.body.chunked => Err("HTTP/1.0 needs a Content-Length"),
             _ => Ok(()),
@@ -891,13 +891,12 @@ fn start_server(state_dir: &Path) -> io::Result<(&'static tiny_http::Server, Uni
 /// Serves the exchange that has been parked longest.
 fn serve_next(proxy: &Proxy, ticket: tiny_http::Request) {
     let exchange = lock(&proxy.parked).pop_front();
-    let handle = |exchange: &mut Exchange| {
-        proxy.handle(exchange).map_err(|mut end| {
-            if CUT.load(Ordering::SeqCst) {
-                end.message = "a stop of ai-mux cut it short; try again".into();
-            }
-            end
-        })
+    let handle = |exchange: &mut Exchange| match proxy.handle(exchange) {
+        Err(end) if CUT.load(Ordering::SeqCst) => {
+            let message = "a stop of ai-mux cut it short; try again".into();
+            Err(Reply { message, ..end })
+        }
+        outcome => outcome,
     };
     let verdict = exchange.and_then(|e| fence(e, handle));
     lock(&proxy.verdicts).push(verdict);
@@ -933,10 +932,9 @@ impl Proxy {
         let (head, peer) = (&exchange.head, exchange.stream.peer);
         debug!("peer={peer} request: {}", shown(&head.fields, users));
         // Answered without a token. Claude Code opens its connections with HEAD /claude/api/hello.
-        let asked = (head.method.as_str(), path_of(&head.target));
-        if let ("GET" | "HEAD", "/healthz")
-        | ("HEAD", "/" | "/claude" | "/claude/api/hello" | "/chatgpt") = asked
-        {
+        let (method, path) = (head.method.as_str(), path_of(&head.target));
+        let probed = ["/", "/claude", "/claude/api/hello", "/chatgpt", "/healthz"].contains(&path);
+        if method == "HEAD" && probed || method == "GET" && path == "/healthz" {
             return Err(Reply::new(200, self.health()));
         }
         exchange.report.user = self.authenticate(&head.fields)?.to_owned();
@@ -951,15 +949,15 @@ impl Proxy {
     /// What a worker does for a request that has passed the gate.
     fn handle(&self, exchange: &mut Exchange) -> Outcome {
         let (upstream, url) = self.route(&exchange.head.target)?;
-        upstream.credential.usable_token(None)?; // before the body, which may take minutes
+        upstream.credential.usable_login(None)?; // before the body, which may take minutes
         exchange.hold()?;
-        let token = upstream.credential.usable_token(None)?;
+        let login = upstream.credential.usable_login(None)?;
         let whole = exchange.head.body.is_done();
-        let mut answer = upstream.send(&url, &token, exchange)?;
+        let mut answer = upstream.send(&url, &login, exchange)?;
         // A token that is refused is refreshed even if this request cannot be sent again.
         if answer.status() == http::StatusCode::UNAUTHORIZED
-            && let Ok(newer) = upstream.credential.usable_token(Some(&token.access))
-            && newer.access != token.access
+            && let Ok(newer) = upstream.credential.usable_login(Some(&login.access))
+            && newer.access != login.access
             && whole
         {
             exchange.held.set_position(0);
@@ -976,29 +974,29 @@ impl Proxy {
     fn authenticate(&self, fields: &HeaderMap) -> Result<&str, Reply> {
         if self.config.users.is_empty() {
             // A web page must not use the subscription of whoever looks at it.
-            return match fields.contains_key("origin") {
-                true => Err(Reply::new(403, "web pages need a token; configure `users`")),
-                false => Ok("-"),
-            };
+            if fields.contains_key("origin") {
+                return Err(Reply::new(403, "web pages need a token; configure `users`"));
+            }
+            return Ok("-");
         }
         let bearers = fields.get_all(AUTHORIZATION).iter().map(bearer_in);
         let keys = fields.get_all("x-api-key").iter();
         let mut given = bearers.chain(keys.map(HeaderValue::as_bytes));
         let token = given.next().unwrap_or_default();
         let agreed = given.all(|other| other == token);
-        let same = |user: &&User| user.token.expose().as_bytes().ct_eq(token).into();
-        let found: Vec<_> = self.config.users.iter().filter(same).collect(); // no early end
+        let owns_it = |user: &&User| user.token.expose().as_bytes().ct_eq(token).into();
+        let owners: Vec<_> = self.config.users.iter().filter(owns_it).collect(); // no early end
         // Claude Code (2.1.332) shows "Not logged in" in place of any error that names x-api-key.
-        let wrong = "wrong or no token for ai-mux, or two of them; send one, as bearer or API key";
-        let user = found.first().filter(|_| agreed).map(|user| &*user.name);
-        user.ok_or_else(|| Reply::new(401, wrong))
+        let advice = "wrong or no token for ai-mux, or two of them; send one, as bearer or API key";
+        let user = owners.first().filter(|_| agreed).map(|user| &*user.name);
+        user.ok_or_else(|| Reply::new(401, advice))
     }
 
     /// The upstream for a target, and the URL there. Nothing is decoded, and no segment is
     /// accepted that an upstream could decode to something else.
     fn route(&self, target: &str) -> Result<(&Upstream, String), Reply> {
-        let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~:@".contains(&b);
-        let usual = |s: &&str| !matches!(*s, "" | "." | "..") && s.bytes().all(plain);
+        let literal = |b: u8| b.is_ascii_alphanumeric() || b"-._~:@".contains(&b);
+        let usual = |s: &&str| !matches!(*s, "" | "." | "..") && s.bytes().all(literal);
         let segments: Vec<_> = path_of(target).split('/').skip(1).collect();
         if segments.iter().all(usual)
             && let [name, "v1", first, ..] = segments[..]
@@ -1010,8 +1008,8 @@ impl Proxy {
             let url = format!("{}{prefix}{rest}", base.trim_end_matches('/'));
             return Ok((upstream, url));
         }
-        let known = "no such path; use /claude/v1/... or /chatgpt/v1/..., where configured";
-        Err(Reply::new(404, known))
+        let advice = "no such path; use /claude/v1/... or /chatgpt/v1/..., where configured";
+        Err(Reply::new(404, advice))
     }
 
     /// Which providers can serve, and nothing secret: JSON.
@@ -1032,11 +1030,11 @@ fn bearer_in(value: &HeaderValue) -> &[u8] {
 }
 
 // ─── credential ──────────────────────────────────────────────────────────────────────────────
-// In: a provider's credential file, which its own tools may rewrite at any moment; the token
-// endpoint's answers. Out: an access token that is good now, or why there is none. Any thread may
-// read the file; to refresh or write it, a worker, the provider's keeper, or main at the end, waits
-// its turn.
-// What cannot happen: two refreshes at once, a new token used before a save was tried, a file half
+// In: a provider's credential file, which the vendor's own tools may rewrite at any moment; the
+// token endpoint's answers. Out: a login that is good now, or why there is none. Any thread may
+// read the file; to refresh the login or write the file, a worker, the provider's keeper, or main
+// at the end, waits for its turn.
+// What cannot happen: two refreshes at once; a new login used before a save was tried; a file half
 // written, or made anew after a log-out.
 
 struct Credential {
@@ -1046,7 +1044,7 @@ struct Credential {
     agent: ureq::Agent,
     /// `refresh_check_interval`.
     interval: Duration,
-    /// Held in turn by whoever refreshes or writes, for as long as that takes.
+    /// Held by whoever refreshes the login or writes the file, for as long as that takes.
     turn: Mutex<()>,
     /// What everyone looks at, in short locks.
     state: Mutex<State>,
@@ -1054,121 +1052,81 @@ struct Credential {
 
 #[derive(Default)]
 struct State {
-    token: Option<Token>,
+    /// The one in use.
+    login: Option<Login>,
     /// How the file looked when it last held a login.
     seen: Option<Stamp>,
     /// Whether a file that looks like `seen` need not be read.
     settled: bool,
-    last: Option<Refreshed>,
-    /// Whether what it brought is still to be written to disk.
+    /// The last refresh that brought a login.
+    last: Option<Refresh>,
+    /// Whether that login is still to be written to disk.
     unsaved: bool,
     /// The last wait after a failed refresh or save, but for a longer `Retry-After`.
     backoff: Duration,
     failure: Option<Outage>,
 }
 
-/// A refresh that was made.
 #[derive(Clone)]
-struct Refreshed {
+struct Refresh {
     /// The refresh token that it spent, then those spent to get that one, newest first.
     spent: Vec<Option<Secret>>,
-    token: Token,
+    /// What it brought.
+    login: Login,
     at: SystemTime,
 }
 
-/// Why there is no new token, or none on disk, and when to try again: `None` is when the file
-/// changes.
-type Outage = (String, Option<Instant>);
+/// Why there is no login, or no new one, or why it is not on disk.
+#[derive(Clone, PartialEq)]
+struct Outage {
+    why: String,
+    /// When to try again; `None`: when the file changes.
+    until: Option<Instant>,
+}
 
-/// Why a refresh brought nothing, and the least wait: `None` is until the file changes.
+/// Why a refresh failed, and the least wait for the next; `None`: until the file changes.
 type RefreshError = (String, Option<Duration>);
 
+/// What a credential file holds.
 #[derive(Clone, PartialEq)]
-struct Token {
+struct Login {
     access: Secret,
+    /// Spent by a refresh, which brings the next one.
     refresh: Option<Secret>,
-    /// `None` serves until upstream answers 401.
+    /// When `access` ends; `None`: once upstream answers 401.
     expires: Option<SystemTime>,
     account: Option<Secret>,
     /// The id_token, for the vendor's own tool.
     id: Option<Secret>,
 }
 
-impl Token {
-    /// Whether it is still good `margin` from now, by the wall clock.
-    fn lasts(&self, margin: Duration) -> bool {
-        self.expires.is_none_or(|t| t > SystemTime::now() + margin)
-    }
-}
-
-/// What is used of a token endpoint's answer. Each is any `Value`, and what stands beside them is
-/// skipped: no odd field may cost us the new token, as the old one is spent by then.
-#[derive(Default, serde::Deserialize)]
-#[serde(default)]
-struct TokenAnswer {
-    access_token: Value,
-    refresh_token: Value,
-    id_token: Value,
-    expires_in: Value,
-}
-
-impl State {
-    /// The token, if it was `rejected` or ends within `margin`, and may be refreshed.
-    fn due(&self, margin: Duration, rejected: Option<&Secret>) -> Option<&Token> {
-        let token = self.token.as_ref()?;
-        let waits = match &self.failure {
-            Some((_, until)) => until.is_none_or(|at| Instant::now() < at),
-            None => self.is_young(token),
-        };
-        let wanted = !token.lasts(margin) || rejected == Some(&token.access);
-        let due = wanted && token.refresh.is_some() && !waits && !CUT.load(Ordering::SeqCst);
-        due.then_some(token)
-    }
-
-    /// Whether a refresh brought it less than `REFRESH_MARGIN` ago: then neither a 401, nor an
-    /// expiry that is in the past by our clock, is reason for another.
-    fn is_young(&self, token: &Token) -> bool {
-        let young = |at: SystemTime| at.elapsed().is_ok_and(|age| age < REFRESH_MARGIN);
-        matches!(&self.last, Some(last) if last.token.access == token.access && young(last.at))
-    }
-}
-
-/// A state of a file: device, inode, size and mtime; ctime. Two that are equal hold the same bytes,
-/// if the first was taken `SETTLE_TIME` after that ctime.
-type Stamp = (([u64; 3], SystemTime), SystemTime);
-
-fn stamp(path: &Path) -> Option<Stamp> {
-    let meta = fs::metadata(path).ok()?;
-    let file = [meta.dev(), meta.ino(), meta.size()];
-    let changed = Duration::new(meta.ctime().max(0) as u64, meta.ctime_nsec() as u32);
-    Some(((file, meta.modified().ok()?), UNIX_EPOCH + changed))
-}
-
 impl Credential {
-    /// An access token to use now; not the one that upstream `rejected`, if there can be another.
-    /// Waits for a refresh if there is none that is good; and the first who finds it ageing waits
-    /// too, while the others use it.
-    fn usable_token(&self, rejected: Option<&Secret>) -> Result<Token, Reply> {
+    /// A login to use now; not the one whose access token upstream `rejected`, if there can be
+    /// another. Whoever finds it ageing first refreshes it, while the others use it; once it has
+    /// expired or was rejected, all wait for that refresh.
+    fn usable_login(&self, rejected: Option<&Secret>) -> Result<Login, Reply> {
         let mut state = self.reload(false);
         if let Some(old) = state.due(REFRESH_MARGIN, rejected).cloned() {
             drop(state);
-            let turn = self.turn.try_lock().ok(); // after a panic `None`, too: the keeper refreshes
-            if turn.is_none() && old.lasts(Duration::ZERO) && rejected != Some(&old.access) {
-                return Ok(old);
-            }
-            let turn = turn.unwrap_or_else(|| lock(&self.turn));
+            let still_good = old.lasts(Duration::ZERO) && rejected != Some(&old.access);
+            let turn = match self.turn.try_lock().ok() {
+                Some(turn) => turn,
+                // Another thread refreshes it; or one panicked with the turn, and the keeper will.
+                None if still_good => return Ok(old),
+                None => lock(&self.turn),
+            };
             self.refresh_if_due(turn, REFRESH_MARGIN, rejected);
             state = self.reload(false);
         }
         let dead = |why: &str| Reply::new(503, format!("ai-mux has no login to use: {why}"));
-        let usable = |t: &&Token| t.lasts(Duration::ZERO) || state.is_young(t);
-        match (&state.failure, state.token.as_ref().filter(usable)) {
-            (Some((why, None)), _) => Err(dead(why)),
-            (_, Some(token)) => Ok(token.clone()),
-            (Some((why, Some(until))), None) => {
+        let usable = |login: &&Login| login.lasts(Duration::ZERO) || state.is_young(login);
+        match (&state.failure, state.login.as_ref().filter(usable)) {
+            (Some(Outage { why, until: None }), _) => Err(dead(why)),
+            (_, Some(login)) => Ok(login.clone()),
+            (Some(Outage { why, until }), None) => {
                 let why = format!("the login could not be refreshed: {why}; wait and try again");
                 let mut later = Reply::new(503, why);
-                later.retry_after = Some(left_until(*until) + Duration::from_secs(1));
+                later.retry_after = until.map(|at| left_until(at) + Duration::from_secs(1));
                 Err(later)
             }
             (None, None) => Err(dead(&format!("it has expired; {}", self.remedy()))),
@@ -1177,18 +1135,18 @@ impl Credential {
 
     fn is_ready(&self) -> bool {
         let state = self.reload(false);
-        let usable = |token: &Token| match state.failure {
-            None => token.lasts(Duration::ZERO) || token.refresh.is_some(),
-            Some((_, until)) => token.lasts(Duration::ZERO) && until.is_some(),
-        };
-        state.token.as_ref().is_some_and(usable)
+        let down = matches!(state.failure, Some(Outage { until: None, .. }));
+        let may_refresh = |login: &Login| state.failure.is_none() && login.refresh.is_some();
+        let usable = |login: &Login| login.lasts(Duration::ZERO) || may_refresh(login);
+        !down && state.login.as_ref().is_some_and(usable)
     }
 
-    /// The keeper: looks at the login every `interval`, and when there is something to try again.
+    /// What the keeper does: looks at the login every `interval`, and when a failed refresh or
+    /// save is to be tried again.
     fn keep(&self) {
         let mut next = Instant::now();
         while !CUT.load(Ordering::SeqCst) {
-            let retry = lock(&self.state).failure.clone().and_then(|f| f.1);
+            let retry = lock(&self.state).failure.as_ref().and_then(|f| f.until);
             if retry.unwrap_or(next).min(next) <= Instant::now() {
                 next = Instant::now() + self.interval;
                 let _ = catch_unwind(AssertUnwindSafe(|| self.look()));
@@ -1197,16 +1155,16 @@ impl Credential {
         }
     }
 
-    /// Waits for a refresh that runs, writes what is unsaved, and refreshes what is due.
+    /// Waits for its turn, saves what is unsaved, and refreshes what is due before the next look.
     fn look(&self) {
         let turn = lock(&self.turn);
         self.save();
         self.refresh_if_due(turn, self.interval + REFRESH_MARGIN, None);
     }
 
-    /// At the end: waits for a refresh that runs, writes what is unsaved, and tells what is lost.
+    /// At the end: waits for a refresh that runs, saves what is unsaved, and tells what is lost.
     fn finish(&self) {
-        drop(self.reload(true)); // if it finds the spent login put back, ours is unsaved again
+        drop(self.reload(true)); // if a spent login was put back, ours is then unsaved again
         self.look();
         if lock(&self.state).unsaved {
             let (name, remedy) = (self.provider.name, self.remedy());
@@ -1214,15 +1172,17 @@ impl Credential {
         }
     }
 
+    /// Holds the turn until it is done.
     fn refresh_if_due(&self, _turn: MutexGuard<()>, margin: Duration, rejected: Option<&Secret>) {
         // A closure, since `while let` would hold the lock for as long as its block.
         let due = || self.reload(true).due(margin, rejected).cloned();
-        // Once more if the file turns out to hold another login, which then wins, and is due too.
+        // Looks again after each try: the file may have another login, which then wins, and is due
+        // as well.
         while let Some(old) = due() {
             if let Err((why, least)) = self.refresh(&old) {
-                // Another tool may have refreshed meanwhile; then its login is the newer one.
+                // Another tool may have refreshed it meanwhile; then that login is the newer one.
                 let mut state = self.reload(true);
-                if state.token.as_ref() == Some(&old) {
+                if state.login.as_ref() == Some(&old) {
                     self.fail(&mut state, why, least);
                 }
             }
@@ -1230,55 +1190,55 @@ impl Credential {
     }
 
     /// Spends a refresh token, but first makes sure that what it brings can be saved.
-    fn refresh(&self, old: &Token) -> Result<(), RefreshError> {
-        let passing = |why| (why, Some(Duration::ZERO));
+    fn refresh(&self, old: &Login) -> Result<(), RefreshError> {
+        let temporary = |why| (why, Some(Duration::ZERO));
         if lock(&self.state).unsaved {
-            self.save(); // what the last one brought comes first
+            self.save(); // the login that the last refresh brought comes first
             return Ok(());
         }
-        // Another ai-mux may have a link to it, in a state_dir of its own.
+        // Locked until we return: an ai-mux with another state_dir may have a link to it.
         let claim = File::open(&self.path).ok();
         let claimed = claim.as_ref().map(File::try_lock);
         if matches!(claimed, Some(Err(TryLockError::WouldBlock))) {
             let why = "another ai-mux is refreshing it, or another program has locked its file";
-            return Err(passing(why.into()));
+            return Err(temporary(why.into()));
         }
         let size = fs::metadata(&self.path).map_or(0, |meta| meta.len());
-        let room = size.min(FILE_SIZE) + REFRESH_SIZE; // a larger file is refused anyway
-        let rehearsed = self.replace(&" ".repeat(room as usize), None);
-        rehearsed.map_err(passing)?;
+        // As long as the new file can become; one over FILE_SIZE is refused anyway.
+        let blanks = " ".repeat((size.min(FILE_SIZE) + REFRESH_SIZE) as usize);
+        self.replace(&blanks, None).map_err(temporary)?;
         // The file must be whole, as the new tokens are edited into it; and if another tool changed
         // its login during the rehearsal, that login holds.
-        let (.., found) = self.read().map_err(|e| passing(e.to_string()))?;
-        if found != *old {
+        let (.., on_disk) = self.read().map_err(|e| temporary(e.to_string()))?;
+        if on_disk != *old {
             return Ok(());
         }
-        let token = self.request_token(old)?;
+        let login = self.request_token(old)?;
         let mut state = lock(&self.state);
-        let last = state.last.take();
-        let led_here = last.filter(|last| last.token.refresh == old.refresh);
-        let mut spent = led_here.map_or(Vec::new(), |last| last.spent);
-        spent.insert(0, old.refresh.clone());
+        let led_here = state.last.take().filter(|l| l.login.refresh == old.refresh);
+        let mut spent = vec![old.refresh.clone()];
+        spent.extend(led_here.into_iter().flat_map(|last| last.spent));
         spent.dedup(); // where the endpoint keeps the token
         spent.truncate(SPENT_COUNT);
         let at = SystemTime::now();
-        (state.last, state.unsaved) = (Some(Refreshed { spent, token, at }), true);
+        state.last = Some(Refresh { spent, login, at });
+        state.unsaved = true;
         drop(state);
         self.save();
         Ok(())
     }
 
     /// Asks the token endpoint. Of its answer, only status and `error` word are ever shown.
-    fn request_token(&self, old: &Token) -> Result<Token, RefreshError> {
+    fn request_token(&self, old: &Login) -> Result<Login, RefreshError> {
         let (provider, url, via) = (self.provider, &self.token_url, via(&self.agent));
-        let passing = |e: &dyn Display| (format!("{url}{via}: {e}"), Some(Duration::ZERO));
+        let temporary = |e: &dyn Display| (format!("{url}{via}: {e}"), Some(Duration::ZERO));
         // In JSON, as the vendors' own tools send it, not in the form of RFC 6749 section 6.
         let mut grant: Value = provider.grant.iter().copied().collect();
         grant["grant_type"] = "refresh_token".into();
         grant["refresh_token"] = old.refresh.as_ref().map(Secret::expose).into();
         WAIT_END.set(Instant::now() + REFRESH_TIME);
         let request = self.agent.post(url).content_type("application/json");
-        let mut answer = request.send(grant.to_string()).map_err(|e| passing(&e))?;
+        let mut answer = request.send(grant.to_string()).map_err(|e| temporary(&e))?;
         let (status, wait) = (answer.status().as_u16(), retry_after(answer.headers()));
         let mut text = Vec::new(); // of an answer that breaks off, too: its JSON may be whole
         let mut body = answer.body_mut().as_reader().take(REFRESH_SIZE);
@@ -1290,64 +1250,62 @@ impl Credential {
             let why = format!("{url} answered {status} {word}").trim_end().into();
             return Err((why, (!terminal).then(|| wait.unwrap_or_default())));
         }
-        let found: TokenAnswer = serde_json::from_slice(&text).unwrap_or_default();
-        let new = secret_in(&found.refresh_token);
-        // What the answer leaves out stays as it was.
-        let access = secret_in(&found.access_token).or(new.as_ref().map(|_| old.access.clone()));
-        let access = access.ok_or_else(|| passing(&"the answer is cut off, or has no token"))?;
-        let lifetime = found.expires_in.as_f64();
-        let lifetime = lifetime.map(|seconds| seconds.clamp(LIFETIME_MIN, LIFETIME_MAX));
-        let expires = lifetime.map(|s| SystemTime::now() + Duration::from_secs_f64(s));
-        Ok(Token {
+        let tokens: TokenAnswer = serde_json::from_slice(&text).unwrap_or_default();
+        let new = secret_in(&tokens.refresh_token);
+        // What the answer leaves out stays as it was; one new token it must have.
+        let access = secret_in(&tokens.access_token).or(new.as_ref().map(|_| old.access.clone()));
+        let access = access.ok_or_else(|| temporary(&"the answer is cut off, or has no token"))?;
+        let seconds = tokens.expires_in.as_f64();
+        let believed = seconds.map(|seconds| seconds.clamp(LIFETIME_MIN, LIFETIME_MAX));
+        let expires = believed.map(|s| SystemTime::now() + Duration::from_secs_f64(s));
+        Ok(Login {
             expires: expires.or_else(|| time_in(&claims(&access)["exp"])),
             refresh: new.or(old.refresh.clone()),
             account: old.account.clone(),
-            id: secret_in(&found.id_token).or(old.id.clone()),
+            id: secret_in(&tokens.id_token).or(old.id.clone()),
             access,
         })
     }
 
-    /// Puts what is unsaved on disk, then into use; or only into use, if that fails.
+    /// Puts an unsaved login on disk, then into use; or only into use, if that fails.
     fn save(&self) {
-        let state = lock(&self.state);
-        let Some(last) = state.last.clone().filter(|_| state.unsaved) else {
+        let unsaved = |state: &State| state.last.clone().filter(|_| state.unsaved);
+        let Some(last) = unsaved(&lock(&self.state)) else {
             return;
         };
-        drop(state);
         let saved = self.write(&last).or_else(|_| {
             thread::sleep(SAVE_PAUSE);
             self.write(&last)
         });
         let mut state = self.reload(true);
         match saved {
-            _ if !state.unsaved => {} // a login of the file's own, or a log-out, has won
-            Ok(token) => {
+            _ if !state.unsaved => {} // another login in the file, or a log-out, has won
+            Ok(login) => {
                 info!("{}: refreshed", self.provider.name);
-                (state.token, state.unsaved) = (Some(token), false);
-                (state.failure, state.backoff) = (None, Duration::ZERO);
+                state.take_over(Ok(login));
             }
             Err(why) => {
-                state.token = Some(last.token);
+                state.login = Some(last.login);
                 let why = format!("the new login is in memory only, so do not stop ai-mux: {why}");
                 self.fail(&mut state, why, Some(Duration::ZERO));
             }
         }
     }
 
-    /// Writes a new token into the file, unless that has another login; returns what it then has.
-    fn write(&self, Refreshed { spent, token, .. }: &Refreshed) -> Result<Token, String> {
-        let (before, mut json, found) = self.read().map_err(|e| e.to_string())?;
-        // It may be in place already, if its folder could not be synced.
-        let placed = found.refresh == token.refresh && found.access == token.access;
-        if spent.contains(&found.refresh) && !placed {
-            self.provider.edit(&mut json, token);
+    /// Writes a new login over a spent one. Returns what the file then has, which may be another.
+    fn write(&self, Refresh { spent, login, .. }: &Refresh) -> Result<Login, String> {
+        let (before, mut json, on_disk) = self.read().map_err(|e| e.to_string())?;
+        // An earlier write may have failed only after the rename, as the folder was synced.
+        let placed = on_disk.refresh == login.refresh && on_disk.access == login.access;
+        if spent.contains(&on_disk.refresh) && !placed {
+            self.provider.edit(&mut json, login);
             self.replace(&json.to_string(), Some(before))?;
         }
-        Ok(self.provider.token_in(&json).unwrap_or(found))
+        Ok(self.provider.login_in(&json).unwrap_or(on_disk))
     }
 
     /// Replaces the file whole, through links: a new one is written beside it, synced, and renamed
-    /// over it if that still looks as `before`. `None` rehearses: all of it but the rename.
+    /// over it, if it still looks as `before`. `None` rehearses: all is done but the rename.
     fn replace(&self, text: &str, before: Option<Stamp>) -> Result<(), String> {
         let (name, folder) = (self.path.display(), self.folder());
         let failed =
@@ -1376,26 +1334,27 @@ impl Credential {
             }
             File::open(target.parent().unwrap_or(Path::new("/")))?.sync_all()
         };
-        let done = put();
+        let outcome = put();
         let _ = fs::remove_file(&new); // gone already, if it was put in place
-        done.map_err(failed)
+        outcome.map_err(failed)
     }
 
-    /// Notes a failure: for the back-off, or `least` if that is longer; with `None`, until the file
-    /// changes.
+    /// Notes why a refresh or a save failed. The next try waits for the back-off, or for `least` if
+    /// that is longer; with `None`, for a change of the file.
     fn fail(&self, state: &mut State, why: String, least: Option<Duration>) {
         let (name, remedy) = (self.provider.name, self.remedy());
         let Some(least) = least else {
             error!("{name}: refresh: {why}; down until its file changes or is touched; {remedy}");
-            state.failure = Some((format!("{why}; {remedy}"), None));
-            return;
+            let why = format!("{why}; {remedy}");
+            return state.failure = Some(Outage { why, until: None });
         };
         state.backoff = (state.backoff * 2).clamp(BACKOFF_MIN, BACKOFF_MAX);
         let time = state.backoff.max(least).min(RETRY_AFTER_MAX);
         let (seconds, unsaved) = (time.as_secs(), state.unsaved);
         let level = if unsaved { Level::Error } else { Level::Warn };
         log!(level, "{name}: refresh: {why}; next try in {seconds}s");
-        state.failure = Some((why, Some(Instant::now() + time)));
+        let until = Some(Instant::now() + time);
+        state.failure = Some(Outage { why, until });
     }
 
     /// Adopts what is new on disk. `force` reads the file even if it seems unchanged. Small and
@@ -1406,64 +1365,63 @@ impl Credential {
             return state;
         }
         state.settled = false;
-        // Whether the token in memory still serves: not after a log-out; if the file is not ours
-        // to read, only as the only copy; if it is not whole, in any case.
-        let kept = |e: &io::Error| match e.kind() {
+        // Whether the login in memory stays in use: not once the file's is gone; if the file is not
+        // ours to read, only an unsaved one, of which there is no other copy; else (the file is
+        // half written, say) any.
+        let keeps = |e: &io::Error| match e.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => false,
             ErrorKind::InvalidInput | ErrorKind::PermissionDenied => state.unsaved,
-            _ => state.token.is_some(),
+            _ => state.login.is_some(),
         };
         match self.read() {
-            Ok((stamp, _, token)) => {
+            Ok((stamp @ (content, ctime), _, login)) => {
                 // By its ctime: an mtime can be set back, or ahead.
-                state.settled = stamp.1.elapsed().is_ok_and(|age| age > SETTLE_TIME);
+                state.settled = ctime.elapsed().is_ok_and(|age| age > SETTLE_TIME);
                 // A change of the file is worth another try, but not one of its mode.
-                if state.seen.replace(stamp).map(|seen| seen.0) != Some(stamp.0) {
-                    state.failure.take_if(|(_, until)| until.is_none());
+                if state.seen.replace(stamp).map(|seen| seen.0) != Some(content) {
+                    state.failure.take_if(|outage| outage.until.is_none());
                 }
-                self.adopt(&mut state, Ok(token));
+                self.adopt(&mut state, Ok(login));
             }
-            // Half written, say; a refresh or a save that needs the file says what is wrong.
-            Err(e) if kept(&e) => {}
+            // Not worth a word here: a refresh or a save that needs the file says what is wrong.
+            Err(e) if keeps(&e) => {}
             Err(e) => self.adopt(&mut state, Err(e.to_string())),
         }
         state
     }
 
-    /// Takes over what the file holds, a login or why there is none; but not what is in use
-    /// already, nor, while our new login is unsaved, that one or one spent for it. If a spent one
-    /// was put back, ours is marked to be saved over it.
-    fn adopt(&self, state: &mut State, found: Result<Token, String>) {
+    /// Takes over what the file holds, a login or why there is none. Nothing changes if we have it
+    /// already, or if ours is unsaved and the file still has one that was spent for it. A spent one
+    /// that is put back later is not taken: ours is to be saved over it.
+    fn adopt(&self, state: &mut State, found: Result<Login, String>) {
         let name = self.provider.name;
-        if let (Some(last), Ok(Token { refresh, .. })) = (state.last.clone(), &found) {
-            let (spent, ours) = (last.spent.contains(refresh), *refresh == last.token.refresh);
+        if let (Some(last), Ok(login)) = (&state.last, &found) {
+            let spent = last.spent.contains(&login.refresh);
+            let ours = login.refresh == last.login.refresh;
             if state.unsaved && (spent || ours) {
                 return;
             }
             if spent && !ours {
-                // To spend it again would end the login: what it brought goes over it.
-                (state.token, state.unsaved) = (Some(last.token), true);
+                // To spend it again would end the login.
+                state.login = Some(last.login.clone());
+                state.unsaved = true;
                 let why = "its file holds a login again that was spent; ours goes over it".into();
                 return self.fail(state, why, Some(Duration::ZERO));
             }
         }
-        let failure = found.as_ref().err().map(|why| (why.clone(), None));
-        let same = state.token.as_ref() == found.as_ref().ok();
-        if same && !state.unsaved && (found.is_ok() || state.failure == failure) {
-            return;
-        }
+        let found = found.map_err(|why| Outage { why, until: None });
         match &found {
+            Ok(login) if !state.unsaved && state.login.as_ref() == Some(login) => return,
+            Err(outage) if !state.unsaved && state.failure.as_ref() == Some(outage) => return,
             Ok(_) => info!("{name}: login read from {}", self.path.display()),
-            Err(why) => warn!("{name}: {why}"),
+            Err(outage) => warn!("{name}: {}", outage.why),
         }
-        state.failure = failure;
-        (state.token, state.unsaved, state.backoff) = (found.ok(), false, Duration::ZERO);
+        state.take_over(found);
     }
 
-    /// What the file holds, if it is ours to use, else why not and what to do: `InvalidData` if
-    /// it is not whole, or being written; `NotFound`, `NotADirectory`, `InvalidInput` or
-    /// `PermissionDenied` if that will last.
-    fn read(&self) -> io::Result<(Stamp, Value, Token)> {
+    /// What the file holds, parsed, and the login in it. The error says why there is none for us,
+    /// and what to do; by its kind, `reload` decides whether the login in memory stays in use.
+    fn read(&self) -> io::Result<(Stamp, Value, Login)> {
         let failed = |e: io::Error| self.unusable(e.kind(), &format!("cannot be read: {e}"));
         let meta = fs::metadata(&self.path).map_err(failed)?;
         if meta.uid() != rustix::process::geteuid().as_raw() {
@@ -1482,15 +1440,16 @@ impl Credential {
         }
         let before = stamp(&self.path);
         let bytes = fs::read(&self.path).map_err(failed)?;
-        let json = serde_json::from_slice(&bytes).ok();
-        let json = json.filter(|_| stamp(&self.path) == before);
+        let unchanged = stamp(&self.path) == before;
+        let json = serde_json::from_slice(&bytes).ok().filter(|_| unchanged);
         let torn = || self.unusable(ErrorKind::InvalidData, "is not whole JSON yet");
-        let (seen, json) = before.zip(json).ok_or_else(torn)?;
+        let (stamp, json) = before.zip(json).ok_or_else(torn)?;
         let empty = || self.unusable(ErrorKind::NotFound, "holds no login");
-        let token = self.provider.token_in(&json).ok_or_else(empty)?;
-        Ok((seen, json, token))
+        let login = self.provider.login_in(&json).ok_or_else(empty)?;
+        Ok((stamp, json, login))
     }
 
+    /// Why the file cannot be used, and what its owner does about it.
     fn unusable(&self, kind: ErrorKind, what: &str) -> io::Error {
         let (name, folder, mut remedy) = (self.path.display(), self.folder(), self.remedy());
         if kind == ErrorKind::PermissionDenied {
@@ -1515,14 +1474,74 @@ impl Credential {
     /// What the owner does about a login that is missing or dead.
     fn remedy(&self) -> String {
         let folder = self.folder();
-        let login = self.provider.login.replace("FOLDER", &folder);
-        format!("log in with: mkdir -p {folder} && {login}")
+        let command = self.provider.login_command.replace("FOLDER", &folder);
+        format!("log in with: mkdir -p {folder} && {command}")
     }
 }
 
 /// For a shell: in single quotes, which neither the log nor JSON escapes.
 fn quoted(path: &Path) -> String {
     format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
+}
+
+impl State {
+    /// The login, if it may be refreshed now and should be: as upstream `rejected` its access
+    /// token, or as that ends within `margin`.
+    fn due(&self, margin: Duration, rejected: Option<&Secret>) -> Option<&Login> {
+        let login = self.login.as_ref()?;
+        let too_soon = match &self.failure {
+            Some(outage) => outage.until.is_none_or(|at| Instant::now() < at),
+            None => self.is_young(login),
+        };
+        let wanted = !login.lasts(margin) || rejected == Some(&login.access);
+        let due = wanted && login.refresh.is_some() && !too_soon && !CUT.load(Ordering::SeqCst);
+        due.then_some(login)
+    }
+
+    /// Whether a refresh brought it less than `REFRESH_MARGIN` ago: then neither a 401, nor an
+    /// expiry that is in the past by our clock, is reason for another.
+    fn is_young(&self, login: &Login) -> bool {
+        let young = |at: SystemTime| at.elapsed().is_ok_and(|age| age < REFRESH_MARGIN);
+        matches!(&self.last, Some(last) if last.login.access == login.access && young(last.at))
+    }
+
+    /// Puts into use what the file holds; what went wrong before is over.
+    fn take_over(&mut self, on_disk: Result<Login, Outage>) {
+        self.failure = on_disk.as_ref().err().cloned();
+        self.login = on_disk.ok();
+        self.unsaved = false;
+        self.backoff = Duration::ZERO;
+    }
+}
+
+impl Login {
+    /// Whether it is still good `margin` from now, by the wall clock.
+    fn lasts(&self, margin: Duration) -> bool {
+        self.expires.is_none_or(|t| t > SystemTime::now() + margin)
+    }
+}
+
+/// How a file looks: its device, inode, size and mtime; and its ctime, which a change of its mode
+/// changes, too. While it looks the same, it has the same bytes, if it was first looked at
+/// `SETTLE_TIME` after that ctime.
+type Stamp = (([u64; 3], SystemTime), SystemTime);
+
+fn stamp(path: &Path) -> Option<Stamp> {
+    let meta = fs::metadata(path).ok()?;
+    let file = [meta.dev(), meta.ino(), meta.size()];
+    let ctime = Duration::new(meta.ctime().max(0) as u64, meta.ctime_nsec() as u32);
+    Some(((file, meta.modified().ok()?), UNIX_EPOCH + ctime))
+}
+
+/// What is used of a token endpoint's answer. Values of any kind are taken, and other fields are
+/// skipped: nothing odd may cost us the new tokens, as the old one is spent by then.
+#[derive(Default, serde::Deserialize)]
+#[serde(default)]
+struct TokenAnswer {
+    access_token: Value,
+    refresh_token: Value,
+    id_token: Value,
+    expires_in: Value,
 }
 
 fn secret_in(value: &Value) -> Option<Secret> {
@@ -1534,10 +1553,10 @@ fn secret_in(value: &Value) -> Option<Secret> {
 fn error_word(json: &Value) -> &str {
     let error = &json["error"];
     let words = [&error["code"], error, &json["code"], &error["type"]];
+    let usual = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
+    let harmless = |word: &&str| word.len() <= 64 && word.bytes().all(usual);
     let word = words.into_iter().find_map(Value::as_str);
-    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
-    let word = word.filter(|w| w.len() <= 64 && w.bytes().all(plain));
-    word.unwrap_or_default()
+    word.filter(harmless).unwrap_or_default()
 }
 
 /// The claims of an access token that is a JWT (RFC 7519). It is ours, from a source that we
@@ -1566,7 +1585,7 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 }
 
 // ─── upstream ────────────────────────────────────────────────────────────────────────────────
-// In: a checked request and a token. Out: the upstream's answer, head read and body not. The
+// In: a checked request and a login. Out: the upstream's answer, head read and body not. The
 // header policy stands here: strip what is the client's own, set what is ours last. Most facts
 // about the vendors stand here, too: their endpoints and their files.
 
@@ -1588,8 +1607,8 @@ struct Provider {
     /// access token, refresh token and expiry.
     object: &'static str,
     keys: [&'static str; 3],
-    /// The command that logs in; FOLDER stands for the file's folder.
-    login: &'static str,
+    /// FOLDER in it stands for the file's folder.
+    login_command: &'static str,
 }
 
 /// Addresses, client ids, file names and error words of the vendors' own tools, Claude Code and
@@ -1606,7 +1625,7 @@ static PROVIDERS: [Provider; 2] = [
         file: ".credentials.json",
         object: "claudeAiOauth",
         keys: ["accessToken", "refreshToken", "expiresAt"],
-        login: "CLAUDE_CONFIG_DIR=FOLDER claude auth login",
+        login_command: "CLAUDE_CONFIG_DIR=FOLDER claude auth login",
     },
     Provider {
         name: "chatgpt",
@@ -1626,7 +1645,7 @@ static PROVIDERS: [Provider; 2] = [
         file: "auth.json",
         object: "tokens",
         keys: ["access_token", "refresh_token", "expires_at"],
-        login: "CODEX_HOME=FOLDER codex login",
+        login_command: "CODEX_HOME=FOLDER codex login",
     },
 ];
 
@@ -1637,14 +1656,14 @@ impl Provider {
 
     /// The login in a parsed file; what it lacks of expiry and account, from the access token's
     /// claims. `None` without an access token.
-    fn token_in(&self, json: &Value) -> Option<Token> {
+    fn login_in(&self, json: &Value) -> Option<Login> {
         let [access, refresh, expires] = self.keys;
         let inside = json[self.object].is_object();
         let object = if inside { &json[self.object] } else { json };
         let access = secret_in(&object[access])?;
         let claims = claims(&access);
         let claimed = &claims["https://api.openai.com/auth"]["chatgpt_account_id"];
-        Some(Token {
+        Some(Login {
             access,
             refresh: secret_in(&object[refresh]),
             expires: time_in(&object[expires]).or_else(|| time_in(&claims["exp"])),
@@ -1653,8 +1672,8 @@ impl Provider {
         })
     }
 
-    /// Writes a token into the parsed file, into the fields that are there; all else stays.
-    fn edit(&self, json: &mut Value, token: &Token) {
+    /// Writes a login into the parsed file, into the fields that are there; all else stays.
+    fn edit(&self, json: &mut Value, login: &Login) {
         let now = SystemTime::now();
         if let Some(last) = json.get_mut("last_refresh") {
             *last = humantime::format_rfc3339_micros(now).to_string().into();
@@ -1667,17 +1686,18 @@ impl Provider {
                 *old = new.expose().into();
             }
         };
-        set(access, Some(&token.access));
-        set(refresh, token.refresh.as_ref());
-        set("id_token", token.id.as_ref());
+        set(access, Some(&login.access));
+        set(refresh, login.refresh.as_ref());
+        set("id_token", login.id.as_ref());
         if let Some(old) = object.get_mut(expires) {
             // Tools that share the file need a time: an hour, where none was told.
-            let at = token.expires.unwrap_or(now + Duration::from_secs(3600));
-            let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
-            let was = old.as_f64().filter(|was| *was >= 1.0);
-            let in_seconds = was.map_or(expires == "expires_at", |was| was <= 1e11);
+            let at = login.expires.unwrap_or(now + Duration::from_secs(3600));
+            let since_epoch = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+            // The unit stays; without a time to tell it by, it is the vendor's.
+            let time = old.as_f64().filter(|time| *time >= 1.0);
+            let in_seconds = time.map_or(expires == "expires_at", |time| time <= 1e11);
             let millis = if in_seconds { 1000 } else { 1 };
-            *old = (since.as_millis() as u64 / millis).into();
+            *old = (since_epoch.as_millis() as u64 / millis).into();
         }
     }
 }
@@ -1720,8 +1740,8 @@ impl Upstream {
         })
     }
 
-    fn send(&self, url: &str, token: &Token, exchange: &mut Exchange) -> Result<Answer, Reply> {
-        let request = self.outgoing(url, token, &exchange.head)?;
+    fn send(&self, url: &str, login: &Login, exchange: &mut Exchange) -> Result<Answer, Reply> {
+        let request = self.outgoing(url, login, &exchange.head)?;
         WAIT_END.set(Instant::now() + exchange.timeout);
         let answer = match exchange.head.method.as_str() {
             // Without a Content-Length, ureq sends it in chunks.
@@ -1745,7 +1765,7 @@ impl Upstream {
     }
 
     /// The header policy: the head of the request to upstream.
-    fn outgoing(&self, url: &str, token: &Token, head: &Head) -> Result<http::Request<()>, Reply> {
+    fn outgoing(&self, url: &str, login: &Login, head: &Head) -> Result<http::Request<()>, Reply> {
         let method = head.method.as_str();
         let request = http::Request::builder().method(method).uri(url).body(());
         let mut request = request.map_err(|_| malformed("it cannot be passed on"))?;
@@ -1757,14 +1777,14 @@ impl Upstream {
             }
         }
         headers.extend(self.settings.headers.clone());
-        let bearer = format!("Bearer {}", token.access.expose());
+        let bearer = format!("Bearer {}", login.access.expose());
         headers.insert(AUTHORIZATION, header_value(&bearer));
         if let Some(ours) = self.provider.beta {
-            let mut there = false;
+            let mut seen = false; // ours
             let mut betas: Vec<_> = items(headers, "anthropic-beta").chain([ours]).collect();
-            betas.retain(|b| !b.is_empty() && (*b != ours || !std::mem::replace(&mut there, true)));
+            betas.retain(|b| !b.is_empty() && (*b != ours || !std::mem::replace(&mut seen, true)));
             headers.insert("anthropic-beta", header_value(&betas.join(",")));
-        } else if let Some(account) = &token.account {
+        } else if let Some(account) = &login.account {
             headers.insert("chatgpt-account-id", header_value(account.expose()));
         }
         let mut fields = headers.iter();
@@ -1816,9 +1836,9 @@ fn roots() -> Result<RootCerts, String> {
     let Some(path) = file else {
         return Ok(RootCerts::WebPki);
     };
-    let found = certificates(path.as_ref()).map_err(|e| format!("SSL_CERT_FILE: {e}"))?;
+    let trusted = certificates(path.as_ref()).map_err(|e| format!("SSL_CERT_FILE: {e}"))?;
     let owned = |der| ureq::tls::Certificate::from_der(der).to_owned();
-    Ok(found.iter().map(|der| owned(der)).into())
+    Ok(trusted.iter().map(|der| owned(der)).into())
 }
 
 /// How upstream is reached, for requests and refreshes: no redirect, no header of ureq's own.
@@ -1850,8 +1870,8 @@ fn proxy_for(uri: &http::Uri, config: &Config) -> Result<Option<ureq::Proxy>, St
     let Some((name, text)) = found.filter(|_| config.proxy.is_none()) else {
         return Ok(config.proxy.clone());
     };
-    let wrong = |_| format!("{name} (not shown): expected a proxy's URL");
-    let proxy = ureq::Proxy::new(&text).map_err(wrong)?;
+    let no_url = |_| format!("{name} (not shown): expected a proxy's URL");
+    let proxy = ureq::Proxy::new(&text).map_err(no_url)?;
     let host = uri.host().unwrap_or_default().to_ascii_lowercase();
     // A name stands for all that is below it, with or without a dot before it.
     let listed = |item: &str| {
@@ -1859,9 +1879,9 @@ fn proxy_for(uri: &http::Uri, config: &Config) -> Result<Option<ureq::Proxy>, St
         let front = host.strip_suffix(name).filter(|_| !name.is_empty());
         item.trim() == "*" || front.is_some_and(|f| f.is_empty() || f.ends_with('.'))
     };
-    let direct = ["NO_PROXY", "no_proxy"].into_iter().find_map(set);
-    let direct = direct.unwrap_or_default().to_ascii_lowercase();
-    Ok(Some(proxy).filter(|_| !direct.split(',').any(listed)))
+    let no_proxy = set("NO_PROXY").or(set("no_proxy")).unwrap_or_default();
+    let direct = no_proxy.to_ascii_lowercase().split(',').any(listed);
+    Ok((!direct).then_some(proxy))
 }
 
 /// A word for an agent's errors, which may be the proxy's.
@@ -1874,9 +1894,9 @@ fn via(agent: &ureq::Agent) -> &'static str {
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let failed = |why: &dyn Display| format!("{}: {why}", path.display());
     let pem = fs::read(path).map_err(|e| failed(&e))?;
-    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
-    let found = found.ok().filter(|found| !found.is_empty());
-    found.ok_or_else(|| failed(&"found no certificate, expected PEM"))
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
+    let chain = chain.ok().filter(|chain| !chain.is_empty());
+    chain.ok_or_else(|| failed(&"found no certificate, expected PEM"))
 }
 
 fn is_loopback(uri: &http::Uri) -> bool {
@@ -1895,23 +1915,20 @@ impl Resolver for Lookup {
     fn resolve(&self, uri: &http::Uri, config: &ureq::config::Config, time: NextTimeout) -> Found {
         let name = format!("{:?} {:?}", uri.scheme(), uri.authority());
         let known = lock(&self.0).get(&name).cloned();
-        if let Some((until, addresses)) = &known
-            && Instant::now() < *until
-        {
-            return Ok(addresses.clone());
-        }
         let mut time = in_time(time);
-        if known.is_some() {
-            time.after = time.after.min(LOOKUP_TIME.into());
+        match &known {
+            Some((until, addresses)) if Instant::now() < *until => return Ok(addresses.clone()),
+            Some(_) => time.after = time.after.min(LOOKUP_TIME.into()),
+            None => {}
         }
         // It has a thread look the name up, and panics, as the log then says, where there is none.
         let look_up = || DefaultResolver::default().resolve(uri, config, time);
-        let none = |_| Err(io::Error::other("no thread for a look-up").into());
-        let found = catch_unwind(AssertUnwindSafe(look_up)).unwrap_or_else(none);
-        let mut found = found.or_else(|e| known.map(|(_, old)| old).ok_or(e))?;
-        found.sort_by_key(SocketAddr::is_ipv6); // IPv6 last: where broken, it costs a time-out
-        lock(&self.0).insert(name, (Instant::now() + LOOKUP_AGE, found.clone()));
-        Ok(found)
+        let no_thread = |_| Err(io::Error::other("no thread for a look-up").into());
+        let found = catch_unwind(AssertUnwindSafe(look_up)).unwrap_or_else(no_thread);
+        let mut addresses = found.or_else(|e| known.map(|(_, old)| old).ok_or(e))?;
+        addresses.sort_by_key(SocketAddr::is_ipv6); // IPv6 last: where broken, it costs a time-out
+        lock(&self.0).insert(name, (Instant::now() + LOOKUP_AGE, addresses.clone()));
+        Ok(addresses)
     }
 }
 
@@ -2081,12 +2098,11 @@ impl Stream {
 
     /// How long it may stay in the gate as it is: draining, in a handshake or a head, or idle.
     fn allowance(&self) -> Duration {
-        let begun = self.partial || !self.buffered.is_empty();
-        match self.draining {
-            true => LINGER_TIME,
-            false if begun || self.is_handshaking() => HEAD_TIME,
-            false => IDLE_TIME,
+        if self.draining {
+            return LINGER_TIME;
         }
+        let begun = self.partial || !self.buffered.is_empty() || self.is_handshaking();
+        if begun { HEAD_TIME } else { IDLE_TIME }
     }
 
     fn is_handshaking(&self) -> bool {
@@ -2252,12 +2268,12 @@ impl Body {
     /// One length, or one coding: with two, another reader could go by the other one (RFC 9112
     /// section 6.3).
     fn of(fields: &HeaderMap) -> Result<Body, &'static str> {
-        let found = fields.iter().filter(|(name, _)| is_framing(name));
-        let found: Vec<_> = found.map(|(_, v)| v.to_str().unwrap_or_default()).collect();
+        let framing = fields.iter().filter(|(name, _)| is_framing(name));
+        let framing: Vec<_> = framing.map(|(_, v)| v.to_str().unwrap_or("")).collect();
         let sized = fields.contains_key(CONTENT_LENGTH);
         let number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
         let mut body = Body::default();
-        match found[..] {
+        match framing[..] {
             [] => {}
             [n] if sized && number(n) => body.left = n.parse().unwrap_or(u64::MAX),
             [coding] if !sized && coding.eq_ignore_ascii_case("chunked") => body.chunked = true,
@@ -2312,10 +2328,10 @@ fn chunk_line(source: &mut impl Read) -> io::Result<String> {
     let (source, mut line) = (source.take(LINE_SIZE as u64), String::new());
     // By the byte: what follows is not the line's.
     io::BufReader::with_capacity(1, source).read_line(&mut line)?;
-    let plain = |text: &&str| text.bytes().all(|b| matches!(b, b'\t' | b' '..=b'~'));
-    let text = line.strip_suffix("\r\n").filter(plain);
-    let wrong = || invalid("a line between chunks is cut off, too long, or not plain");
-    text.map(str::to_owned).ok_or_else(wrong)
+    let printable = |text: &&str| text.bytes().all(|b| matches!(b, b'\t' | b' '..=b'~'));
+    let text = line.strip_suffix("\r\n").filter(printable);
+    let not_a_line = || invalid("a line between chunks is cut off, too long, or not plain");
+    text.map(str::to_owned).ok_or_else(not_a_line)
 }
 
 /// Passes the answer down as it comes: each piece is written at once.
@@ -2333,8 +2349,8 @@ fn relay(answer: Answer, exchange: &mut Exchange, proxy: &Proxy) -> Outcome {
         return Err(Reply::new(502, "upstream answered 101 unasked; try again"));
     }
     exchange.report.status = parts.status.as_u16();
-    let request_id = parts.headers.get("request-id");
-    let request_id = request_id.or(parts.headers.get("x-request-id")).cloned();
+    let header = |name| parts.headers.get(name);
+    let request_id = header("request-id").or(header("x-request-id")).cloned();
     exchange.report.request_id = request_id.filter(|id| !has_token(id.as_bytes(), users));
     let (head, chunked) = answer_head(&parts, &exchange.head);
     exchange.stream.write_piece(&head).map_err(gone)?;
@@ -2517,20 +2533,19 @@ fn user(entry: Yaml) -> Result<User, String> {
     Ok(User { name, token })
 }
 
-fn headers(found: Mapping) -> Result<HeaderMap, String> {
+fn headers(entries: Mapping) -> Result<HeaderMap, String> {
     let mut headers = HeaderMap::new();
-    for (name, value) in &found {
+    for (name, value) in &entries {
         let name = name.as_str().unwrap_or_default();
         let key = HeaderName::try_from(name).ok();
         let key = key.filter(|key| !is_reserved(key.as_str()) && !headers.contains_key(key));
-        let key = key.filter(|_| headers.len() < FIELD_COUNT);
         let value = value.as_str().and_then(|v| HeaderValue::from_str(v).ok());
         let value = value.filter(|v| v.to_str().is_ok() && name.len() + v.len() < LINE_SIZE);
-        let Some((key, value)) = key.zip(value) else {
-            let other = |c: char| !c.is_ascii_alphanumeric() && !"-_".contains(c);
-            let name = name.split(other).next().unwrap_or_default(); // a value could be behind it
-            let right = "a header that may be set: once, quoted, ASCII, below 8 KiB, 100 in all";
-            return Err(format!("headers: {name:?} is not {right}"));
+        let Some((key, value)) = key.zip(value).filter(|_| headers.len() < FIELD_COUNT) else {
+            let name_end = |c: char| !c.is_ascii_alphanumeric() && !"-_".contains(c);
+            let name = name.split(name_end).next().unwrap_or_default(); // a value could follow
+            let expected = "a header that may be set: once, quoted, ASCII, below 8 KiB, 100 in all";
+            return Err(format!("headers: {name:?} is not {expected}"));
         };
         headers.insert(key, value);
     }
@@ -2557,25 +2572,25 @@ fn unquoted(e: impl Display) -> String {
     let (path, why) = text.split_at(at);
     let field = path.split(['.', '[', ':']).next().unwrap_or_default();
     let twice = why.starts_with("duplicate");
-    let letter = |b: u8| b == b'_' || b.is_ascii_lowercase();
-    let name = |key: &str| key.len() < USER_TOKEN_LENGTH && key.bytes().all(letter);
+    let in_names = |b: u8| b == b'_' || b.is_ascii_lowercase();
+    let is_name = |key: &str| key.len() < USER_TOKEN_LENGTH && key.bytes().all(in_names);
     let why = match why.split(['"', '`']).collect::<Vec<_>>()[..] {
-        [front, quoted, ..] if !(twice && name(quoted)) => format!("{front}(not shown)"),
+        [front, quoted, ..] if !(twice && is_name(quoted)) => format!("{front}(not shown)"),
         [_] if why.contains("key ") => "duplicate entry (not shown)".into(), // a number
         _ => why.to_owned(),
     };
-    let told = format!("{field}: {why}");
-    told.trim_start_matches(": ").to_owned()
+    let line = format!("{field}: {why}");
+    line.trim_start_matches(": ").to_owned()
 }
 
 /// The fields of a part of the file, none of them unknown; one that is null counts as absent.
 fn fields(part: Yaml, known: &str) -> Result<Mapping, String> {
-    let wrong = |_| "found something (not shown), expected NAME: VALUE lines";
-    let mut found: Mapping = serde_yaml::from_value(part).map_err(wrong)?;
+    let not_a_map = |_| "found something (not shown), expected NAME: VALUE lines";
+    let mut fields: Mapping = serde_yaml::from_value(part).map_err(not_a_map)?;
     let unknown = |key: &&Yaml| !known.split(' ').map(Yaml::from).any(|name| name == **key);
-    let Some(key) = found.keys().find(unknown) else {
-        found.retain(|_, value| !value.is_null());
-        return Ok(found);
+    let Some(key) = fields.keys().find(unknown) else {
+        fields.retain(|_, value| !value.is_null());
+        return Ok(fields);
     };
     // A user's key could be a token, with no space after its colon, or no NAME: before it.
     let key = key.as_str().and_then(|key| key.split(':').next());
@@ -2611,8 +2626,8 @@ const LIST: Kind<Vec<Yaml>> = ("a list", |value| value.as_sequence().cloned());
 const MAP: Kind<Mapping> = ("NAME: VALUE lines", |value| value.as_mapping().cloned());
 
 const PATH: Kind<PathBuf> = ("a path, or ~/PATH where there is a home", |value| {
-    let plain = |path: &&str| !path.contains("-----") && !path.contains('\n'); // no pasted key
-    let path = value.as_str().filter(plain)?;
+    let no_pasted_key = |path: &&str| !path.contains("-----") && !path.contains('\n');
+    let path = value.as_str().filter(no_pasted_key)?;
     match Path::new(path).strip_prefix("~") {
         Ok(rest) => Some(std::env::home_dir()?.join(rest)),
         Err(_) if path.starts_with('~') => None, // nobody else's home
@@ -2625,9 +2640,9 @@ const ADDRESS: Kind<(String, u16)> = ("\":PORT\", \"HOST:PORT\" or \"[IPV6]:PORT
     let host = if host.is_empty() { "[::]" } else { host };
     let ip = (host.strip_prefix('[')).and_then(|host| host.strip_suffix(']'));
     let (name, marks) = ip.map_or((host, "-._"), |ip| (ip, "-._:%"));
-    let plain = |c: char| c.is_ascii_alphanumeric() || marks.contains(c);
-    let fine = !name.is_empty() && name.chars().all(plain) && !port.starts_with('+');
-    Some((host.to_owned(), port.parse().ok()?)).filter(|_| fine)
+    let in_hosts = |c: char| c.is_ascii_alphanumeric() || marks.contains(c);
+    let valid = !name.is_empty() && name.chars().all(in_hosts) && !port.starts_with('+');
+    Some((host.to_owned(), port.parse().ok()?)).filter(|_| valid)
 });
 
 const LEVEL: Kind<LevelFilter> = ("debug, info, warn or error", |value| {
@@ -2637,10 +2652,11 @@ const LEVEL: Kind<LevelFilter> = ("debug, info, warn or error", |value| {
 
 const DURATION: Kind<Duration> = ("60s, 1h30m or the like, or unquoted seconds", |value| {
     let seconds = value.as_u64().map(Duration::from_secs);
-    // humantime also knows longer words, and days and up: only h, m, s, ms, us and ns pass.
+    // humantime also knows longer words, and days and up: only h, m, s, ms, us and ns pass; and no
+    // long text, as it panics on some.
     let short = |c: char| c.is_ascii_digit() || ". hmsun".contains(c);
-    let text = value.as_str().filter(|text| text.chars().all(short));
-    let text = text.filter(|text| text.len() <= 20); // humantime panics on some longer ones
+    let safe = |text: &&str| text.len() <= 20 && text.chars().all(short);
+    let text = value.as_str().filter(safe);
     let time = seconds.or_else(|| humantime::parse_duration(text?).ok())?;
     Some(time).filter(|time| !time.is_zero() && *time <= DURATION_MAX)
 });
@@ -2664,13 +2680,13 @@ const PROVIDER: Kind<&Provider> = ("claude or chatgpt", |value| {
 });
 
 const NAME: Kind<String> = ("a name, but not -, without control characters", |value| {
-    let fine = |name: &&str| !["", "-"].contains(name) && !name.contains(char::is_control);
-    value.as_str().filter(fine).map(str::to_owned)
+    let valid = |name: &&str| !["", "-"].contains(name) && !name.contains(char::is_control);
+    value.as_str().filter(valid).map(str::to_owned)
 });
 
 const TOKEN: Kind<Secret> = ("a text of 16+ visible ASCII, or a token_file", |value| {
-    let fine = |text: &&str| text.len() >= USER_TOKEN_LENGTH && !text.contains(' ');
-    Secret::new(value.as_str().filter(fine)?)
+    let valid = |text: &&str| text.len() >= USER_TOKEN_LENGTH && !text.contains(' ');
+    Secret::new(value.as_str().filter(valid)?)
 });
 
 const URL: Kind<String> = ("an https:// URL, or http:// to loopback", |value| {
@@ -2727,8 +2743,8 @@ impl Reply {
         let code = code.to_ascii_lowercase().replace(' ', "_");
         let error = json!({ "type": kind, "message": self.message, "param": null, "code": code });
         let error = json!({ "type": "error", "error": error }).to_string();
-        let fine = self.status == 200;
-        let body = if fine { &self.message } else { &error };
+        let is_health = self.status == 200;
+        let body = if is_health { &self.message } else { &error };
         let again = match (self.retry_after, self.status) {
             (Some(wait), _) => format!("retry-after: {}\r\n", wait.as_secs()),
             // Trying again cannot help; without this, Claude Code does so for minutes, silently.
@@ -2799,14 +2815,14 @@ fn shown(headers: &HeaderMap, users: &[User]) -> String {
     const HARMLESS: &str = "accept accept-encoding anthropic-beta anthropic-version connection \
         content-encoding content-length content-type date request-id retry-after \
         transfer-encoding user-agent x-request-id x-should-retry";
-    let plain = |text: &[u8]| text.len() <= TEXT_SHOWN && !has_token(text, users);
-    let headers = headers.iter().filter(|(name, _)| plain(name.as_ref()));
+    let loggable = |text: &[u8]| text.len() <= TEXT_SHOWN && !has_token(text, users);
+    let headers = headers.iter().filter(|(name, _)| loggable(name.as_ref()));
     let shown = headers.map(|(name, value)| {
         let harmless = HARMLESS.split(' ').any(|known| name == known);
-        match harmless && plain(value.as_bytes()) {
-            true => format!("{name}: {value:?}"),
-            false => format!("{name}: ({} bytes)", value.len()),
+        if harmless && loggable(value.as_bytes()) {
+            return format!("{name}: {value:?}");
         }
+        format!("{name}: ({} bytes)", value.len())
     });
     shown.collect::<Vec<_>>().join(", ")
 }
@@ -2876,9 +2892,9 @@ mod secret {
 
     impl Secret {
         pub fn new(text: &str) -> Option<Secret> {
-            let plain = text.bytes().all(|b| matches!(b, b' '..=b'~'));
-            let fine = !text.is_empty() && text.trim() == text && plain;
-            fine.then(|| Secret(text.into()))
+            let printable = text.bytes().all(|b| matches!(b, b' '..=b'~'));
+            let valid = !text.is_empty() && text.trim() == text && printable;
+            valid.then(|| Secret(text.into()))
         }
 
         pub fn expose(&self) -> &str {
