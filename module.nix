@@ -202,7 +202,7 @@ in
           state_dir = mkOption {
             type =
               narrow outsideStore
-                "absolute path of a folder for ai-mux alone, like /srv/ai-mux: without white space, quotes, \\ or %"
+                "absolute path of a folder for ai-mux alone, like /srv/ai-mux, in no folder of the system's: without white space, quotes, \\ or %"
                 (
                   path:
                   matching "(/[^%\"'\\[:space:]/]+){2,}/?" path

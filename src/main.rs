@@ -21,15 +21,15 @@
 //!   aborts on an absurd length.
 //! - The worker may block, within its deadlines. It alone reads the body and writes upstream's
 //!   answer. Its **verdict** gives the client's stream back to the gate, or says that it is closed.
-//! - A **credential** looks after a provider's **login**, the tokens in its file. Whoever finds that
-//!   ageing, a worker or the credential's **keeper** in the background, refreshes it, in turn.
+//! - A **credential** looks after a provider's **login**, the tokens in its file. Whoever finds it
+//!   ageing, a worker or its **keeper** in the background, refreshes it, one at a time.
 //! - A **reply** is ai-mux's own answer; all else that a client hears, but for 100 Continue, is
 //!   upstream's.
 //!
 //! The sections, story first; but for helpers and exchanges, callers stand above callees:
 //!
 //! ```text
-//! limits      every bound
+//! limits      the bounds, each with its reason
 //! main        command line, exit codes, state_dir's lock; helpers for locks, time, threads
 //! exchange    one request, from its head to its verdict; what all threads share
 //! gate        the event loop: connections, queue, number of workers
@@ -1204,7 +1204,7 @@ impl Credential {
             return Err(temporary(why.into()));
         }
         let size = fs::metadata(&self.path).map_or(0, |meta| meta.len());
-        // As long as the new file can become; one over FILE_SIZE is refused anyway.
+        // The most that the new file can have; one over FILE_SIZE is refused anyway.
         let blanks = " ".repeat((size.min(FILE_SIZE) + REFRESH_SIZE) as usize);
         self.replace(&blanks, None).map_err(temporary)?;
         // The file must be whole, as the new tokens are edited into it; and if another tool changed
@@ -1252,7 +1252,7 @@ impl Credential {
         }
         let tokens: TokenAnswer = serde_json::from_slice(&text).unwrap_or_default();
         let new = secret_in(&tokens.refresh_token);
-        // What the answer leaves out stays as it was; one new token it must have.
+        // What the answer leaves out stays as it was; it must bring a new token, of either kind.
         let access = secret_in(&tokens.access_token).or(new.as_ref().map(|_| old.access.clone()));
         let access = access.ok_or_else(|| temporary(&"the answer is cut off, or has no token"))?;
         let seconds = tokens.expires_in.as_f64();
@@ -1365,8 +1365,8 @@ impl Credential {
             return state;
         }
         state.settled = false;
-        // Whether the login in memory stays in use: not once the file's is gone; if the file is not
-        // ours to read, only an unsaved one, of which there is no other copy; else (the file is
+        // Whether the login in memory stays in use: not once the file's is gone; if there is no
+        // file that we may read, only an unsaved one, of which there is no other copy; else (the file is
         // half written, say) any.
         let keeps = |e: &io::Error| match e.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => false,
@@ -1485,8 +1485,8 @@ fn quoted(path: &Path) -> String {
 }
 
 impl State {
-    /// The login, if it may be refreshed now and should be: as upstream `rejected` its access
-    /// token, or as that ends within `margin`.
+    /// The login, if it may be refreshed now and should be: because upstream `rejected` its access
+    /// token, or because that ends within `margin`.
     fn due(&self, margin: Duration, rejected: Option<&Secret>) -> Option<&Login> {
         let login = self.login.as_ref()?;
         let too_soon = match &self.failure {
@@ -1505,7 +1505,7 @@ impl State {
         matches!(&self.last, Some(last) if last.login.access == login.access && young(last.at))
     }
 
-    /// Puts into use what the file holds; what went wrong before is over.
+    /// Puts into use what the file holds, or why it holds none; what went wrong before is over.
     fn take_over(&mut self, on_disk: Result<Login, Outage>) {
         self.failure = on_disk.as_ref().err().cloned();
         self.login = on_disk.ok();
@@ -1780,9 +1780,9 @@ impl Upstream {
         let bearer = format!("Bearer {}", login.access.expose());
         headers.insert(AUTHORIZATION, header_value(&bearer));
         if let Some(ours) = self.provider.beta {
-            let mut seen = false; // ours
+            let mut kept = false;
             let mut betas: Vec<_> = items(headers, "anthropic-beta").chain([ours]).collect();
-            betas.retain(|b| !b.is_empty() && (*b != ours || !std::mem::replace(&mut seen, true)));
+            betas.retain(|b| !b.is_empty() && (*b != ours || !std::mem::replace(&mut kept, true)));
             headers.insert("anthropic-beta", header_value(&betas.join(",")));
         } else if let Some(account) = &login.account {
             headers.insert("chatgpt-account-id", header_value(account.expose()));
@@ -1921,7 +1921,7 @@ impl Resolver for Lookup {
             Some(_) => time.after = time.after.min(LOOKUP_TIME.into()),
             None => {}
         }
-        // It has a thread look the name up, and panics, as the log then says, where there is none.
+        // It has a thread look the name up, and panics, as the log then says, where it gets none.
         let look_up = || DefaultResolver::default().resolve(uri, config, time);
         let no_thread = |_| Err(io::Error::other("no thread for a look-up").into());
         let found = catch_unwind(AssertUnwindSafe(look_up)).unwrap_or_else(no_thread);
@@ -2189,8 +2189,8 @@ impl Stream {
     }
 }
 
-/// What the gate drops cuts off no answer of upstream's, and TLS says so (RFC 9112 section 9.8);
-/// what a worker drops must be seen to be broken.
+/// A stream that the gate drops had no answer cut off, and TLS says so (RFC 9112 section 9.8); one
+/// that a worker drops must be seen to be broken. A second panic would end the process.
 impl Drop for Stream {
     fn drop(&mut self) {
         if !self.socket.blocking && !thread::panicking() {

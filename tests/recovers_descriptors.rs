@@ -199,7 +199,7 @@ fn when_there_are_more_than_may_be_the_idle_ones_make_room() {
     mux.assert_recovered(before, 4);
 }
 
-/// No new thread where its user has `most`, of all that user's processes. Root's have no bound.
+/// Allows it no new thread while all processes of its user have `most` together. Root has no such bound.
 fn limit_threads(mux: &Mux, most: u32) -> bool {
     let owner = fs::metadata(format!("/proc/{}", mux.pid())).expect("the process");
     let mut prlimit = Command::new("prlimit");

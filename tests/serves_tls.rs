@@ -281,7 +281,10 @@ fn an_idle_connection_that_is_closed_ends_tls() {
     let others: Vec<_> = (0..5).map(|_| Client::new(mux.addr)).collect();
     assert_eq!(quietest.wire.some().expect("a clean end"), b"");
     drop(others);
-    let mut last = idle(&mux);
+    // And one that a worker has served, wherever it is by then.
+    let mut last = Client::tls(mux.addr, &authority);
+    last.request("POST", MESSAGES, &[BEARER], b"{}");
+    assert_eq!(last.answer().text(), "fine");
     mux.signal(Signal::TERM);
     assert_eq!(last.wire.some().expect("a clean end"), b"");
     assert_eq!(mux.wait_exit(), 0);
