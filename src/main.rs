@@ -29,7 +29,7 @@
 //! The sections, story first; but for helpers and exchanges, callers stand above callees:
 //!
 //! ```text
-//! limits      the bounds, each with its reason
+//! limits      the bounds of all that comes in, is kept, or is waited for
 //! main        command line, exit codes, state_dir's lock; helpers for locks, time, threads
 //! exchange    one request, from its head to its verdict; what all threads share
 //! gate        the event loop: connections, queue, number of workers

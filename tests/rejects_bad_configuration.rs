@@ -41,7 +41,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ("listen: '[]:80'", &["listen", "HOST:PORT"]),
     ("listen: \"a\\nb:80\"", &["listen", "HOST:PORT"]),
     ("listen: '::1'", &["listen", "::1", "HOST:PORT"]),
-    ("listen: '::1:80'", &["listen", "[IPV6]:PORT"]),
+    ("listen: '::1:80'", &["listen", "HOST:PORT", "[IPV6]:PORT"]),
     ("listen: '127.0.0.1]:80'", &["listen", "HOST:PORT"]),
     ("listen: '[[::1]]:80'", &["listen", "HOST:PORT"]),
     ("listen: !env ':80'", &["listen", "tag", "line 1"]),
@@ -170,7 +170,14 @@ const TABLE: &[(&str, &[&str])] = &[
     ),
     (
         "users: [{name: alice, token_file: /dev/null}]",
-        &["users", "alice", "/dev/null", "found \"\"", "16"],
+        &[
+            "users",
+            "alice",
+            "token_file",
+            "/dev/null",
+            "found \"\"",
+            "16",
+        ],
     ),
     (
         "users: [{name: alice, token_file: /nowhere/at/all}]",
