@@ -101,7 +101,8 @@ fn far_away(host: &str) -> (Upstream, Upstream, Proxy, Setup) {
     });
     let near = Upstream::start(|_, conn| conn.respond(200, &[], b"near"));
     let proxy = Proxy::start(far.addr);
-    let setup = Setup::new(&near).save("claude", &far.login("claude", -10).claude());
+    let setup = Setup::new(&near).beside(&far);
+    let setup = setup.save("claude", &far.login("claude", -10).claude());
     let roots = setup.write("roots.pem", authority.cert_pem);
     let setup = setup
         .env("SSL_CERT_FILE", roots)

@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,7 +21,7 @@ pub struct Mux {
     log: Arc<Log>,
     config: String,
     pub folder: Folder,
-    upstream: Arc<Shared>,
+    upstreams: Vec<Arc<Shared>>,
 }
 
 impl Mux {
@@ -37,7 +38,7 @@ impl Mux {
         thread::spawn(move || lines.read(stderr));
         let addr = SocketAddr::from(([127, 0, 0, 1], 0));
         let Setup {
-            folder, upstream, ..
+            folder, upstreams, ..
         } = setup;
         Mux {
             child,
@@ -45,7 +46,7 @@ impl Mux {
             log,
             config,
             folder,
-            upstream,
+            upstreams,
         }
     }
 
@@ -151,21 +152,21 @@ impl Drop for Mux {
         let _ = self.child.kill();
         let _ = self.child.wait();
         if thread::panicking() {
-            let (log, transcript) = (self.log(), self.upstream.transcript());
+            let log = self.log();
+            let transcript: String = self.upstreams.iter().map(|up| up.transcript()).collect();
             eprintln!(
                 "--- configuration\n{}\n--- log\n{log}\n--- upstream\n{transcript}",
                 self.config
             );
             return;
         }
-        let failed = self
-            .upstream
-            .failed
-            .load(std::sync::atomic::Ordering::SeqCst);
-        assert!(!failed, "a script of the upstream has panicked");
         let log = self.whole_log();
-        let shown = self.upstream.vendors.shown(&log);
-        assert_eq!(shown, None, "the log shows a secret:\n{log}");
+        for upstream in &self.upstreams {
+            let failed = upstream.failed.load(Ordering::SeqCst);
+            assert!(!failed, "a script of the upstream has panicked");
+            let shown = upstream.vendors.shown(&log);
+            assert_eq!(shown, None, "the log shows a secret:\n{log}");
+        }
     }
 }
 

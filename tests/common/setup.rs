@@ -18,7 +18,7 @@ use std::{env, fs, io, thread};
 pub struct Setup {
     pub folder: Folder,
     pub config: Value,
-    pub upstream: Arc<Shared>,
+    pub upstreams: Vec<Arc<Shared>>,
     envs: Vec<(String, String)>,
     user: Option<u32>,
     shell: Option<String>,
@@ -40,7 +40,7 @@ impl Setup {
         Setup {
             folder,
             config,
-            upstream: upstream.shared.clone(),
+            upstreams: vec![upstream.shared.clone()],
             envs: Vec::new(),
             user: None,
             shell: None,
@@ -55,6 +55,12 @@ impl Setup {
             setup = setup.save(provider, &login.file(provider));
         }
         setup
+    }
+
+    /// With another upstream, whose secrets no log may hold either.
+    pub fn beside(mut self, upstream: &Upstream) -> Setup {
+        self.upstreams.push(upstream.shared.clone());
+        self
     }
 
     pub fn state(&self) -> PathBuf {
