@@ -143,16 +143,18 @@ impl Client {
         }
     }
 
-    /// Everything until the connection ends, whatever it is.
+    /// Everything until the connection ends, as it must, whatever it is and however it ends.
     pub fn rest(&mut self) -> Vec<u8> {
         let mut all = Vec::new();
-        while let Ok(piece) = self.wire.some() {
-            if piece.is_empty() {
-                break;
+        loop {
+            match self.wire.some() {
+                Ok(piece) if !piece.is_empty() => all.extend(piece),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    panic!("the connection is still open")
+                }
+                _ => return all,
             }
-            all.extend(piece);
         }
-        all
     }
 }
 
