@@ -32,14 +32,9 @@ impl Mux {
         self.status("VmHWM:") << 10
     }
 
-    /// What it has used of a processor so far, in hundredths of a second (proc_pid_stat(5)).
+    /// What it has used of a processor so far, in hundredths of a second.
     pub fn processor_time(&self) -> u64 {
-        let path = format!("/proc/{}/stat", self.pid());
-        let stat = fs::read_to_string(path).expect("its state");
-        let (_, numbers) = stat.rsplit_once(") ").expect("a name in brackets");
-        let used = numbers.split(' ').skip(11).take(2);
-        used.map(|ticks| ticks.parse::<u64>().expect("a number"))
-            .sum()
+        processor_time(&self.pid().to_string())
     }
 
     /// What it has read so far, in bytes, whether from files or by read(2) from sockets (proc_pid_io(5)).
@@ -99,6 +94,20 @@ impl Mux {
             .current
             .unwrap_or(u64::MAX)
     }
+}
+
+/// The same of the thread that asks.
+pub fn own_processor_time() -> u64 {
+    processor_time("thread-self")
+}
+
+/// proc_pid_stat(5)
+fn processor_time(of: &str) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{of}/stat")).expect("its state");
+    let (_, numbers) = stat.rsplit_once(") ").expect("a name in brackets");
+    let used = numbers.split(' ').skip(11).take(2);
+    used.map(|ticks| ticks.parse::<u64>().expect("a number"))
+        .sum()
 }
 
 /// Raises the limit of this test's own descriptors.

@@ -15,7 +15,7 @@ pub mod vendor;
 
 pub use client::{Answer, Client};
 pub use disk::Disk;
-pub use footprint::{Footprint, need_descriptors};
+pub use footprint::{Footprint, need_descriptors, own_processor_time};
 pub use http::{Head, PATIENCE, Wire};
 pub use login::{Login, noise, now};
 pub use mux::Mux;
