@@ -2,6 +2,7 @@
 
 use super::client::{Answer, Client};
 use super::setup::Setup;
+use super::tls::Authority;
 use super::upstream::{Shared, Upstream};
 use super::{BEARER, Folder, MESSAGES, PATIENCE, lock};
 use rustix::process::{Pid, Signal, kill_process};
@@ -22,6 +23,7 @@ pub struct Mux {
     config: String,
     pub folder: Folder,
     upstreams: Vec<Arc<Shared>>,
+    authority: Option<Authority>,
 }
 
 impl Mux {
@@ -38,7 +40,10 @@ impl Mux {
         thread::spawn(move || lines.read(stderr));
         let addr = SocketAddr::from(([127, 0, 0, 1], 0));
         let Setup {
-            folder, upstreams, ..
+            folder,
+            upstreams,
+            authority,
+            ..
         } = setup;
         Mux {
             child,
@@ -47,6 +52,7 @@ impl Mux {
             config,
             folder,
             upstreams,
+            authority,
         }
     }
 
@@ -59,9 +65,17 @@ impl Mux {
         Client::new(self.addr)
     }
 
+    /// One that speaks TLS if this does.
+    pub fn caller(&self) -> Client {
+        match &self.authority {
+            Some(authority) => Client::tls(self.addr, authority),
+            None => self.client(),
+        }
+    }
+
     /// One request by `alice` on a connection of its own.
     pub fn ask(&self, method: &str, target: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
-        self.client()
+        self.caller()
             .request(method, target, &[&[BEARER], headers].concat(), body)
             .answer()
     }

@@ -19,6 +19,7 @@ pub struct Setup {
     pub folder: Folder,
     pub config: Value,
     pub upstreams: Vec<Arc<Shared>>,
+    pub authority: Option<Authority>,
     envs: Vec<(String, String)>,
     user: Option<u32>,
     shell: Option<String>,
@@ -41,6 +42,7 @@ impl Setup {
             folder,
             config,
             upstreams: vec![upstream.shared.clone()],
+            authority: None,
             envs: Vec::new(),
             user: None,
             shell: None,
@@ -102,7 +104,8 @@ impl Setup {
     }
 
     /// Listens with the certificate of `authority`.
-    pub fn tls(self, authority: &Authority) -> Setup {
+    pub fn tls(mut self, authority: &Authority) -> Setup {
+        self.authority = Some(authority.clone());
         let cert = self.write("cert.pem", &authority.cert_pem);
         let key = self.write("key.pem", &authority.key_pem);
         self.set(
