@@ -71,11 +71,15 @@ fn every_method_is_passed_on() {
     let up = echo();
     let mux = Mux::start(&up);
     for method in ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PURGE"] {
-        let answer = mux.ask(method, MESSAGES, &[], b"");
-        assert_eq!(
-            answer.text(),
-            format!("{method} /anthropic/v1/messages HTTP/1.1")
-        );
+        for body in ["", "some"] {
+            let answer = mux.ask(method, MESSAGES, &[], body.as_bytes());
+            assert_eq!(
+                answer.text(),
+                format!("{method} /anthropic/v1/messages HTTP/1.1")
+            );
+            let request = up.requests().pop().expect("a request");
+            assert_eq!(request.body, body.as_bytes(), "{method}");
+        }
     }
     let answer = mux.ask("HEAD", MESSAGES, &[], b"");
     assert_eq!(answer.header("x-target"), Some("/anthropic/v1/messages"));
