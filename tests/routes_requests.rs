@@ -127,6 +127,12 @@ fn what_has_no_route_is_404_and_never_reaches_the_upstream() {
         assert_eq!(answer.header("x-should-retry"), Some("false"), "{target}");
         assert!(!answer.error().is_empty());
     }
+    // Whatever else is no letter or digit, and no part of a path's grammar.
+    for other in ('!'..='~').filter(|c| !c.is_ascii_alphanumeric() && !"-._~:@/?".contains(*c)) {
+        let answer = mux.ask("GET", &format!("/claude/v1/a{other}b"), &[], b"");
+        let status = if "\"#<>".contains(other) { 400 } else { 404 };
+        assert_eq!(answer.status, status, "{other}");
+    }
     assert_eq!(up.requests().len(), 0);
 }
 
