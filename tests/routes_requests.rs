@@ -175,15 +175,22 @@ fn health_needs_no_token() {
         ("HEAD", "/chatgpt"),
         ("HEAD", "/claude/api/hello"),
     ] {
-        let answer = mux.client().request(method, target, &[], b"").answer();
+        let mut client = mux.client();
+        let answer = client.request(method, target, &[], b"").answer();
         assert_eq!(answer.status, 200, "{method} {target}");
         assert_eq!(
             answer.body.is_empty(),
             method == "HEAD",
             "{method} {target}"
         );
+        // A body that HEAD must not have would be read as the beginning of the next head.
+        let next = client.request("GET", "/healthz", &[], b"").answer();
+        assert_eq!(
+            next.head.start, "HTTP/1.1 200 OK",
+            "after {method} {target}"
+        );
     }
-    mux.wait_log_times("status=200", 6);
+    mux.wait_log_times("status=200", 12);
     assert!(mux.log_lines("ended=").is_empty(), "nothing went wrong");
     for (method, target) in [
         ("GET", "/"),
@@ -193,8 +200,10 @@ fn health_needs_no_token() {
         ("GET", "/claude/api/hello"),
         ("HEAD", "/chatgpt/api/hello"),
     ] {
-        let answer = mux.client().request(method, target, &[], b"").answer();
+        let mut client = mux.client();
+        let answer = client.request(method, target, &[], b"").answer();
         assert_eq!(answer.status, 401, "{method} {target}");
+        assert!(client.closed(), "more than an answer to {method} {target}");
     }
     assert_eq!(up.requests().len(), 0);
 }
