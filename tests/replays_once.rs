@@ -47,6 +47,21 @@ fn with_the_same_body_and_a_new_token() {
     assert_eq!(up.refreshes().len(), 2);
 }
 
+#[test]
+fn with_no_body_where_there_was_none() {
+    let up = Upstream::plain();
+    for (method, target) in [("GET", "/claude/v1/models"), ("POST", MESSAGES)] {
+        let mux = revoked(&up);
+        let before = up.requests().len();
+        assert_eq!(mux.ask(method, target, &[], b"").status, 200, "{method}");
+        let requests = up.requests().split_off(before);
+        assert_eq!(requests.len(), 2, "{method}");
+        assert_ne!(requests[0].bearer(), requests[1].bearer());
+        assert_eq!(requests[0].head.start, requests[1].head.start);
+        assert!(requests[1].body.is_empty(), "{method}");
+    }
+}
+
 /// The answer that the client gets has `request_timeout`, however long the login took meanwhile.
 #[test]
 fn with_a_time_of_its_own() {
