@@ -221,11 +221,14 @@ fn configured_headers_replace_the_clients() {
         up.secret(value);
     }
     let headers = json!({"X-Team": "hQ7 wR2k hQ7", "user-agent": "Qm8Zt4Rw"});
-    let mux = Setup::new(&up).provider(1, "headers", headers).start();
+    let beta = json!({"Anthropic-Beta": "ours-1, ours-2"});
+    let setup = Setup::new(&up).provider(0, "headers", beta);
+    let mux = setup.provider(1, "headers", headers).start();
     let sent = [
         ("x-team", "mine"),
         ("X-TEAM", "again"),
         ("User-Agent", "client/1"),
+        ("anthropic-beta", "theirs-1"),
     ];
     assert_eq!(mux.ask("POST", RESPONSES, &sent, b"{}").status, 200);
     let request = up.requests().pop().expect("a request");
@@ -237,6 +240,11 @@ fn configured_headers_replace_the_clients() {
         request.head.all("x-team"),
         ["mine", "again"],
         "the other provider has none"
+    );
+    // Without this one, upstream takes no login.
+    assert_eq!(
+        request.head.all("anthropic-beta").join(","),
+        "ours-1,ours-2,oauth-2025-04-20"
     );
 }
 
