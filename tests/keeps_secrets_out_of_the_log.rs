@@ -7,12 +7,14 @@ use common::*;
 const COOKIE: &str = "nB7vLq2XsT9z";
 const HEADER: &str = "Hy4RkW8mCe6d";
 const BODY: &str = "Gf3PxJ5uZa1o";
+const ACCOUNT: &str = "Qa7NtVw5Bi3k";
 
 fn tempted(up: &Upstream, level: &str) -> Setup {
     for secret in [
         COOKIE,
         HEADER,
         BODY,
+        ACCOUNT,
         "Wrong5Token7Here9Now",
         "Query8Secret2Value",
     ] {
@@ -37,7 +39,10 @@ fn at_any_level_whatever_happens() {
             }
             Some("401") => conn.respond(401, &[("set-cookie", COOKIE)], BODY.as_bytes()),
             Some("500") => conn.respond(500, &[("request-id", "req_7")], BODY.as_bytes()),
-            _ => conn.respond(200, &[("set-cookie", COOKIE)], BODY.as_bytes()),
+            _ => {
+                let headers = [("set-cookie", COOKIE), ("chatgpt-account-id", ACCOUNT)];
+                conn.respond(200, &headers, BODY.as_bytes())
+            }
         });
         let (claude, chatgpt) = (up.login("claude", -10), up.login("chatgpt", -10));
         let setup = tempted(&up, level).save("claude", &claude.claude());
@@ -52,6 +57,7 @@ fn at_any_level_whatever_happens() {
                     BEARER,
                     ("x-api-key", TOKEN),
                     ("cookie", COOKIE),
+                    ("chatgpt-account-id", ACCOUNT), // as Codex does
                     ("x-way", way),
                 ];
                 let mut client = mux.client();
