@@ -344,7 +344,7 @@ fn a_clients_text_cannot_break_a_line() {
             .rest();
     }
     mux.wait_log("path=/claude/v1/aaa");
-    mux.wait_log_times("status=", 2);
+    mux.wait_log_times(" status=400 ", 4);
     for line in mux.log().lines() {
         assert!(
             !line.contains('\x1b') && !line.contains('\u{202e}'),
