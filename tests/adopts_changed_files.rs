@@ -249,7 +249,11 @@ fn without_a_refresh_token_it_serves_until_it_expires() {
     let good = up.login("claude", 3600);
     login::save(&mux.state(), "claude", &without(&good));
     assert_eq!(used(&up, &mux), good.access);
+    let health = || mux.ask("GET", "/healthz", &[], b"").json();
+    assert_eq!(health()["providers"]["claude"], "ready");
     login::save(&mux.state(), "claude", &without(&up.login("claude", -10)));
+    // Asked first, it looks at the file itself.
+    assert_eq!(health()["providers"]["claude"], "unavailable");
     assert_down(&mux, "expired");
     assert_eq!(up.refreshes().len(), 0);
 }
