@@ -350,13 +350,15 @@ fn the_state_dir_is_made_and_is_private() {
 }
 
 #[test]
-fn by_default_it_lives_in_the_home_folder() {
+fn by_default_it_lives_in_the_home_folder_and_logs_at_info() {
     let up = Upstream::plain();
     let setup = Setup::bare(&up).set("state_dir", Value::Null);
     let home = setup.folder.0.join(".ai-mux");
     login::save(&home, "chatgpt", &up.login("chatgpt", 3600).codex());
     let mux = setup.start();
     assert_eq!(mux.ask("POST", RESPONSES, &[], b"{}").status, 200);
+    mux.wait_log("status=200");
+    assert_eq!(mux.log_lines("DEBUG"), [""; 0]);
 }
 
 /// With no list, every provider whose file exists; the others have no route.
