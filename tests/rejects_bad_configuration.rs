@@ -210,6 +210,14 @@ const TABLE: &[(&str, &[&str])] = &[
     ("request_timeout: 2 days", &["request_timeout"]),
     ("request_timeout: 1month", &["request_timeout", "1month"]),
     ("request_timeout: 9000h", &["request_timeout", "9000h"]),
+    // Just more than a year, in each unit.
+    ("request_timeout: 8761h", &["found \"8761h\","]),
+    ("request_timeout: 8760.5h", &["found \"8760.5h\","]),
+    ("request_timeout: 8759h61m", &["found \"8759h61m\","]),
+    ("request_timeout: 525601m", &["found \"525601m\","]),
+    ("request_timeout: 31536001s", &["found \"31536001s\","]),
+    ("request_timeout: 31536001", &["found 31536001,"]),
+    ("request_timeout: 31536000001ms", &["31536000001ms"]),
     // On which humantime panics.
     (
         "request_timeout: 5124095576030431h15s1000ms",
@@ -221,6 +229,11 @@ const TABLE: &[(&str, &[&str])] = &[
         "refresh_check_interval: 500ms",
         &["refresh_check_interval", "500ms", "at least 1s"],
     ),
+    // Just less than a second, in each unit.
+    ("refresh_check_interval: 0.9s", &["found \"0.9s\","]),
+    ("refresh_check_interval: 999ms", &["found \"999ms\","]),
+    ("refresh_check_interval: 999999us", &["found \"999999us\","]),
+    ("refresh_check_interval: 999999999ns", &["999999999ns"]),
     (
         "refresh_check_interval: 0",
         &["refresh_check_interval", "found 0,"],

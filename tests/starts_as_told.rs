@@ -131,6 +131,22 @@ fn every_form_of_a_duration() {
         let mux = setup.set("refresh_check_interval", value).start();
         assert_eq!(mux.message().status, 200);
     }
+    // A year is the most, a second the least: what is just beyond stands among the bad ones, so
+    // that no unit is taken for another.
+    for (most, least) in [
+        (json!("8760h"), json!("1s")),
+        (json!("525600m"), json!("1000ms")),
+        (json!(31_536_000), json!(1)),
+        (json!("31536000s"), json!("1000000us")),
+        (json!("31536000000ms"), json!("1000000000ns")),
+        (json!("8759h60m"), json!("0.5s 500ms")),
+        (json!("8759.5h 30m"), json!("1.0s")),
+    ] {
+        let setup = Setup::new(&up).set("request_timeout", most.clone());
+        let setup = setup.set("stream_idle_timeout", most);
+        let mux = setup.set("refresh_check_interval", least).start();
+        assert_eq!(mux.message().status, 200);
+    }
 }
 
 #[test]
