@@ -4,7 +4,7 @@
 mod common;
 use common::*;
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 const WORDS: &str = "kZ4mVq8RtYw2";
 
@@ -195,10 +195,15 @@ fn trouble_that_may_pass_is_waited_out() {
         let mux = Setup::new(&up)
             .save(provider, &up.login(provider, -10).file(provider))
             .start();
-        for _ in 0..5 {
+        let told = |answer: &Answer| answer.header("retry-after")?.parse::<u64>().ok();
+        let mut known = Instant::now();
+        for n in 0..5 {
             let answer = mux.ask("POST", target(provider), &[], b"{}");
             assert_eq!(answer.status, 503, "{case}");
-            let wait = answer.header("retry-after").and_then(|s| s.parse().ok());
+            if n == 0 {
+                known = Instant::now(); // the wait had begun by then
+            }
+            let wait = told(&answer);
             assert!(
                 wait.is_some_and(|s: u64| (1..=6).contains(&s)),
                 "{case}: {wait:?}"
@@ -211,7 +216,15 @@ fn trouble_that_may_pass_is_waited_out() {
         // As the answer says: try again when the wait is over.
         let tries = (0..60).find(|_| {
             thread::sleep(Duration::from_millis(250));
-            mux.ask("POST", target(provider), &[], b"{}").status == 200
+            let waited = known.elapsed();
+            let answer = mux.ask("POST", target(provider), &[], b"{}");
+            // It tells what is left of the wait, in whole seconds, and one more.
+            let wait = told(&answer).unwrap_or_default();
+            assert!(
+                wait as f64 <= (6.0 - waited.as_secs_f64()).max(0.0),
+                "{case}: {wait} after {waited:?}"
+            );
+            answer.status == 200
         });
         assert!(tries.is_some(), "{case}: it never came back");
         assert_eq!(up.refreshes().len(), 2, "{case}");
