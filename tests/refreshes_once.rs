@@ -119,16 +119,20 @@ fn an_ageing_token_serves_while_it_is_refreshed() {
     assert_eq!(up.refreshes().len(), 1);
 }
 
-/// With a look every second the same token needs no refresh yet.
+/// With a look every second, or with a little more left than ten minutes and one, no refresh is needed yet.
 #[test]
 fn the_next_look_decides_what_is_ageing() {
-    let up = Upstream::plain();
-    let login = up.login("claude", 300);
-    let setup = Setup::new(&up).set("refresh_check_interval", "1s");
-    let mux = setup.save("claude", &login.claude()).start();
-    thread::sleep(Duration::from_millis(1500));
-    assert_eq!(mux.message().status, 200);
-    assert_eq!(up.refreshes().len(), 0);
+    at_once([(300, Some("1s")), (700, None)], |(left, interval)| {
+        let up = Upstream::plain();
+        let mut setup = Setup::new(&up).save("claude", &up.login("claude", left).claude());
+        if let Some(time) = interval {
+            setup = setup.set("refresh_check_interval", time);
+        }
+        let mux = setup.start();
+        thread::sleep(Duration::from_millis(1500));
+        assert_eq!(mux.message().status, 200);
+        assert_eq!(up.refreshes().len(), 0, "{left} s left");
+    });
 }
 
 #[test]
