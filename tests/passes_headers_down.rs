@@ -239,7 +239,7 @@ fn an_interim_answer_hides_no_large_one() {
         let all = interim + head + &"x".repeat(100_000);
         conn.wire.send(all.as_bytes())
     });
-    let mux = Mux::start(&up);
+    let mux = Setup::new(&up).set("workers", 1).start();
     for way in ["100", "103", "a thousand"] {
         let answer = mux.ask("POST", MESSAGES, &[("x-way", way)], b"{}");
         assert_eq!((answer.status, answer.body.len()), (200, 100_000), "{way}");
@@ -281,7 +281,7 @@ fn a_length_that_is_said_twice_is_not_passed_on() {
     let mux = Mux::start(&up);
     let answer = mux.message();
     assert_eq!(answer.text(), "fine");
-    assert!(answer.head.all("content-length").len() < 2);
+    assert!(answer.head.all("content-length").is_empty());
 }
 
 /// Without its length, nobody could tell where it ends.
