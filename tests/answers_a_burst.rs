@@ -69,7 +69,7 @@ fn serves_at_once(count: usize, with: fn(Setup) -> Setup) {
         held.wait(1);
         conn.finish()
     });
-    let mux = with(Setup::new(&up).set("request_timeout", "1s")).start();
+    let mux = with(Setup::new(&up).set("request_timeout", "3s")).start();
     let mut busy: Vec<_> = (0..count).map(|_| mux.client()).collect();
     for client in &mut busy {
         client.request("POST", MESSAGES, &[BEARER], b"{}").head();

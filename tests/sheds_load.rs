@@ -129,7 +129,7 @@ fn whoever_waits_is_served_as_soon_as_a_worker_is_free() {
 fn a_pool_that_stays_full_keeps_nothing_of_those_it_turned_away() {
     let (up, go) = two_events();
     let setup = Setup::new(&up).set("workers", 2);
-    let mux = setup.set("request_timeout", "1s").start();
+    let mux = setup.set("request_timeout", "3s").start();
     let mut busy = occupy(&mux, 2);
     let before = mux.footprint();
     for _ in 0..3 {

@@ -51,7 +51,7 @@ fn clients_that_reset_their_connections_leave_nothing_behind() {
 }
 
 #[test]
-fn a_client_that_leaves_while_it_waits_for_a_worker_holds_none() {
+fn those_that_leave_while_they_wait_for_a_worker_leave_nothing_behind() {
     let go = Steps::default();
     let held = go.clone();
     let up = Upstream::start(move |req, conn| {
