@@ -1366,8 +1366,8 @@ impl Credential {
         }
         state.settled = false;
         // Whether the login in memory stays in use: not once the file's is gone; if there is no
-        // file that we may read, only an unsaved one, of which there is no other copy; else (the file is
-        // half written, say) any.
+        // file that we may read, only an unsaved one, of which there is no other copy; else (the
+        // file is half written, say) any.
         let keeps = |e: &io::Error| match e.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => false,
             ErrorKind::InvalidInput | ErrorKind::PermissionDenied => state.unsaved,
