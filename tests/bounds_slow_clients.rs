@@ -82,6 +82,32 @@ fn a_head_and_a_body_are_let_go_before_a_longer_wait_is_over() {
     assert_eq!(mux.log_lines("status=408").len(), 2, "{}", mux.log());
 }
 
+/// Upstream, too, has its time, unless the configuration says less: a minute for its head, and five
+/// for a silence behind that. Here it takes what most would call too long.
+#[test]
+fn by_default_an_upstream_may_be_slow() {
+    let pause = || thread::sleep(Duration::from_secs(40));
+    let up = Upstream::start(move |req, conn| {
+        if req.head.get("x-late").is_some() {
+            pause();
+            return conn.respond(200, &[], b"late");
+        }
+        conn.stream(&[])?;
+        conn.chunk("one")?;
+        pause();
+        conn.chunk("two")?;
+        conn.finish()
+    });
+    let mux = Mux::start(&up);
+    let [late, halting] = &mut clients(&mux, 2)[..] else {
+        unreachable!("two of them");
+    };
+    late.request("POST", MESSAGES, &[BEARER, ("x-late", "1")], b"{}");
+    halting.request("POST", MESSAGES, &[BEARER], b"{}");
+    assert_eq!(halting.answer().text(), "onetwo");
+    assert_eq!(late.answer().text(), "late");
+}
+
 #[test]
 fn each_is_let_go_in_time() {
     need_descriptors(4096);
