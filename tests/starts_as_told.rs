@@ -394,6 +394,16 @@ fn without_providers_it_finds_the_logins_itself() {
         );
         assert_eq!(mux.message().status, 404);
     }
+    // A folder that ai-mux may not look into is there all the same, and it says how to open it.
+    let setup = Setup::new(&up).set("providers", Value::Null);
+    let folder = setup.state().join("claude");
+    let allow = |mode| fs::set_permissions(&folder, fs::Permissions::from_mode(mode));
+    allow(0o000).expect("chmod");
+    let mux = setup.unprivileged().start();
+    let answer = mux.message();
+    assert_eq!(answer.status, 503);
+    assert!(answer.error().contains("chown"), "{}", answer.text());
+    allow(0o700).expect("chmod");
 }
 
 #[test]
