@@ -66,17 +66,35 @@ fn an_unwritable_folder_is_found_out_before_the_refresh_token_is_spent() {
 
 /// The folder closes while the vendor answers. The tokens live on in memory until they can be saved.
 fn unsaved(up: &Upstream, setup: Setup) -> Mux {
-    let folder = setup.state().join("claude");
+    unsaved_by("claude", up, setup)
+}
+
+fn unsaved_by(provider: &str, up: &Upstream, setup: Setup) -> Mux {
+    let folder = setup.state().join(provider);
     up.on_refresh(move |_, _| {
         allow(&folder, 0o500);
         Ok(false)
     });
-    let setup = setup.save("claude", &up.login("claude", -10).claude());
+    let setup = setup.save(provider, &up.login(provider, -10).file(provider));
     let mux = setup.unprivileged().start();
     mux.wait_log("ERROR");
-    assert_eq!(mux.message().status, 200, "the tokens in memory serve");
+    let answer = mux.ask("POST", target(provider), &[], b"{}");
+    assert_eq!(answer.status, 200, "the tokens in memory serve");
     assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
     mux
+}
+
+/// The vendor's answer does not name it.
+#[test]
+fn the_account_lives_on_in_memory_as_well() {
+    let up = Upstream::plain();
+    let mux = unsaved_by("chatgpt", &up, Setup::new(&up));
+    let request = up.requests().pop().expect("a request");
+    let file = login::read(&mux.state(), "chatgpt");
+    let account = file["tokens"]["account_id"].as_str();
+    assert_ne!(file["tokens"]["access_token"], json!(request.bearer()));
+    assert!(account.is_some() && request.head.get("chatgpt-account-id") == account);
+    allow(&mux.state().join("chatgpt"), 0o700);
 }
 
 /// The same when the file itself is another user's for a moment.
