@@ -155,6 +155,24 @@ fn a_second_401_passes_through() {
     }
 }
 
+/// Nor is it rewritten where the refresh shows that the login has ended: the next request is told.
+#[test]
+fn a_401_that_no_refresh_helps_passes_through() {
+    let up = Upstream::start(|_, conn| conn.respond(401, &[], b"upstream's own words"));
+    up.on_refresh(|_, conn| {
+        conn.json(400, &json!({"error": "invalid_grant"}))
+            .map(|()| true)
+    });
+    let mux = Mux::start(&up);
+    let answer = mux.message();
+    assert_eq!(
+        (answer.status, answer.text()),
+        (401, "upstream's own words")
+    );
+    assert_eq!(mux.message().status, 503);
+    assert_eq!((up.requests().len(), up.refreshes().len()), (1, 1));
+}
+
 #[test]
 fn not_when_the_body_was_too_large_to_hold() {
     let up = Upstream::plain();
