@@ -278,6 +278,7 @@ fn each_fault_is_one_clear_line() {
         let (code, said) = run("wrong.yaml", text);
         assert_eq!(code, 2, "{text}: {said}");
         assert_eq!(said.trim_end().lines().count(), 1, "{text}: {said}");
+        assert!(said.starts_with("ai-mux: "), "{text}: {said}");
         assert!(said.contains("wrong.yaml"), "{text}: {said}");
         for word in *words {
             assert!(said.contains(word), "{text}: {word:?} is not in {said}");

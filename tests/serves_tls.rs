@@ -138,6 +138,8 @@ fn a_renewed_pair_is_used_and_a_broken_one_is_not() {
         let said = mux.log_lines("cert.pem").len();
         put("cert.pem", broken);
         mux.wait_log_times("cert.pem", said + 1);
+        let told = mux.log_lines("cert.pem").pop().expect("a line");
+        assert!(told.contains("ERROR"), "{told}");
         assert!(shows(&mux, &second), "broken pair {number}");
     }
     // One that stays is told once, although it is looked at each time that idle workers are ended.

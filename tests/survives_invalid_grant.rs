@@ -212,6 +212,9 @@ fn trouble_that_may_pass_is_waited_out() {
             answer.error();
         }
         assert_eq!(up.refreshes().len(), 1, "{case}: the wait is obeyed");
+        mux.wait_log("next try");
+        let said = mux.log_lines("next try").remove(0);
+        assert!(said.contains("WARN"), "{case}: {said}");
         up.refresh_again();
         // As the answer says: try again when the wait is over.
         let tries = (0..60).find(|_| {
