@@ -26,6 +26,9 @@ fn a_websocket_is_426_and_nothing_goes_upstream() {
             .start("GET", target, &[&[BEARER], &headers[..]].concat())
             .answer();
         assert_eq!(answer.status, 426, "{target} {value}");
+        // What to use in its place has to be said (RFC 9110 section 15.5.22), and for this hop.
+        assert_eq!(answer.header("upgrade"), Some("HTTP/1.1"));
+        assert_eq!(answer.header("connection"), Some("upgrade"));
         answer.error();
     }
     assert_eq!(up.requests().len(), 0);

@@ -261,7 +261,7 @@ fn health_needs_no_worker() {
     assert_eq!(busy.answer().text(), "late");
 }
 
-/// Malformed, health, token, path and upgrade, size, credential.
+/// Malformed, health, token, path, upgrade, size, credential.
 #[test]
 fn the_first_thing_that_is_wrong_is_the_one_that_is_told() {
     let up = echo();
@@ -281,6 +281,7 @@ fn the_first_thing_that_is_wrong_is_the_one_that_is_told() {
         (401, "GET", MESSAGES, upgrade.to_vec()),
         (401, "POST", MESSAGES, huge[1..].to_vec()),
         (404, "POST", "/nowhere", huge.to_vec()),
+        (404, "GET", "/nowhere", [&huge[..], &upgrade].concat()),
         (426, "GET", MESSAGES, [&huge[..], &upgrade].concat()),
         (413, "POST", MESSAGES, huge.to_vec()),
         (503, "POST", MESSAGES, body.to_vec()), // and not 100 Continue
