@@ -283,12 +283,14 @@ fn a_saved_file_is_private() {
     assert_eq!(warnings.count(), 1, "{}", mux.log());
     let mode = || fs::metadata(&path).expect("a file").permissions().mode() & 0o777;
     assert_eq!(mode(), 0o600);
-    let loose = up.login("claude", 3600);
-    login::save(&mux.state(), "claude", &loose.claude());
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).expect("chmod");
-    assert_eq!(mux.message().status, 200);
-    assert_eq!(mode(), 0o600, "tightened without a refresh too");
-    assert_eq!(up.refreshes().len(), 1);
+    for (told, loose) in [(2, 0o640), (3, 0o604)] {
+        login::save(&mux.state(), "claude", &up.login("claude", 3600).claude());
+        fs::set_permissions(&path, fs::Permissions::from_mode(loose)).expect("chmod");
+        assert_eq!(mux.message().status, 200);
+        assert_eq!(mode(), 0o600, "tightened without a refresh too");
+        assert_eq!(up.refreshes().len(), 1);
+        mux.wait_log_times("others could read it", told);
+    }
 }
 
 /// On a file system that is read-only, say, or that has no modes.
