@@ -96,6 +96,25 @@ fn every_form_of_a_key() {
     }
 }
 
+/// A client may know none but the authority at its far end.
+#[test]
+fn a_certificate_is_shown_with_all_of_its_chain() {
+    let authority = Authority::new();
+    let mut chain = authority.clone();
+    chain.cert_pem += &Authority::new().cert_pem;
+    let mux = Setup::new(&Upstream::plain()).tls(&chain).start();
+    for version in [&TLS12, &TLS13] {
+        let mut socket = mux.client().wire.socket().try_clone().expect("a socket");
+        let mut tls = authority.client(&[version]);
+        while tls.is_handshaking() {
+            tls.complete_io(&mut socket).expect("a handshake");
+        }
+        let shown = tls.peer_certificates().expect("certificates").iter();
+        let shown: String = shown.map(|der| pem("CERTIFICATE", der)).collect();
+        assert_eq!(shown, chain.cert_pem);
+    }
+}
+
 /// Whether a new connection is shown this certificate.
 fn shows(mux: &Mux, authority: &Authority) -> bool {
     authority.connect(mux.addr, rustls::ALL_VERSIONS).is_ok()

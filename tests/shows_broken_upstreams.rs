@@ -152,12 +152,16 @@ fn a_certificate_that_nobody_vouches_for_is_502() {
         setup.env("SSL_CERT_FILE", others).start().message().status,
         502
     );
-    let setup = Setup::new(&up);
-    let right = setup.write("right.pem", theirs.cert_pem);
-    assert_eq!(
-        setup.env("SSL_CERT_FILE", right).start().message().text(),
-        "fine"
-    );
+    // Alone, or wherever it stands among others.
+    let among = Authority::new().cert_pem + &theirs.cert_pem;
+    for roots in [theirs.cert_pem, among] {
+        let setup = Setup::new(&up);
+        let right = setup.write("right.pem", roots);
+        assert_eq!(
+            setup.env("SSL_CERT_FILE", right).start().message().text(),
+            "fine"
+        );
+    }
 }
 
 /// Whoever set it does not want those that are built in.
