@@ -224,6 +224,15 @@ fn a_client_that_expects_100_gets_it_before_its_body() {
             (&b"abcde"[..], None)
         );
     }
+    // So does one whose body is too large to be held.
+    let length = ("content-length", "3000000");
+    let headers = [BEARER, length, ("expect", "100-continue")];
+    client.start("POST", MESSAGES, &headers);
+    assert_eq!(client.head().word(1), "100");
+    let large = pattern(3_000_000);
+    assert_eq!(client.send(&large).answer().status, 200);
+    let request = up.requests().pop().expect("a request");
+    assert!(request.whole && request.body == large);
     // There is none to wait for.
     let headers = [BEARER, ("content-length", "0"), ("expect", "100-continue")];
     client.start("POST", MESSAGES, &headers);
