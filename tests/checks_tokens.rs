@@ -27,6 +27,8 @@ fn a_token_is_admitted_in_either_header_and_must_be_exact() {
         (200, vec![bearer(TOKEN), key(TOKEN)]),
         (200, vec![bearer(BOB)]),
         (200, vec![key(BOB)]),
+        (200, vec![plain(&format!("bearer {TOKEN}"))]),
+        (200, vec![plain(&format!("BEARER {TOKEN}"))]),
         (401, vec![]),
         (401, vec![bearer(wrong)]),
         (401, vec![key(wrong)]),
@@ -54,10 +56,10 @@ fn a_token_is_admitted_in_either_header_and_must_be_exact() {
             .answer();
         assert_eq!(answer.status, status, "{shown:?}");
     }
-    assert_eq!(up.requests().len(), 5);
+    assert_eq!(up.requests().len(), 7);
     let users = |name| mux.log_lines(&format!("user={name} ")).len();
-    mux.wait_log_times("status=", 24);
-    assert_eq!((users("alice"), users("bob"), users("-")), (3, 2, 19));
+    mux.wait_log_times("status=", 26);
+    assert_eq!((users("alice"), users("bob"), users("-")), (5, 2, 19));
 }
 
 #[test]
