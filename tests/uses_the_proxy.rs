@@ -270,12 +270,14 @@ fn no_proxy_is_obeyed() {
         ".test",
         "*.test",
     ] {
-        let (_far, _near, proxy, setup) = far_away("upstream.test");
-        let setup = setup.env("HTTPS_PROXY", format!("http://{}", proxy.addr));
-        let mux = setup.env("NO_PROXY", list).start();
-        // Without its proxy the name means nothing.
-        assert_eq!(mux.message().status, 503, "{list}");
-        assert_eq!(proxy.asked().len(), 0, "{list}");
+        for name in ["NO_PROXY", "no_proxy"] {
+            let (_far, _near, proxy, setup) = far_away("upstream.test");
+            let setup = setup.env("HTTPS_PROXY", format!("http://{}", proxy.addr));
+            let mux = setup.env(name, list).start();
+            // Without its proxy the name means nothing.
+            assert_eq!(mux.message().status, 503, "{name}={list}");
+            assert_eq!(proxy.asked().len(), 0, "{name}={list}");
+        }
     }
     let (far, _near, proxy, setup) = far_away("upstream.test");
     let setup = setup.env("HTTPS_PROXY", format!("http://{}", proxy.addr));
