@@ -286,6 +286,21 @@ fn no_proxy_is_obeyed() {
     assert_proxied(&far, &proxy, &mux, "CONNECT upstream.test:443");
 }
 
+/// Over TLS as well.
+#[test]
+fn what_stays_on_this_machine_goes_past_the_proxy() {
+    let authority = Authority::new();
+    let near = Upstream::tls(&authority, |_, conn| conn.respond(200, &[], b"near"));
+    let proxy = Proxy::start(near.addr);
+    let setup = Setup::new(&near).save("claude", &near.login("claude", -10).claude());
+    let roots = setup.write("roots.pem", &authority.cert_pem);
+    let setup = setup.env("SSL_CERT_FILE", roots);
+    let mux = setup.set("proxy", format!("http://{}", proxy.addr)).start();
+    assert_eq!(mux.message().text(), "near");
+    assert_eq!(near.refreshes().len(), 1);
+    assert!(proxy.asked().is_empty(), "{:?}", proxy.asked());
+}
+
 #[test]
 fn a_proxy_that_is_not_there_is_502() {
     let up = Upstream::plain();
