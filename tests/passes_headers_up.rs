@@ -66,7 +66,7 @@ fn the_clients_secrets_and_the_hops_headers_stay_here() {
         ("x-api-key", TOKEN),
         ("Cookie", "session=1"),
         ("Expect", "100-continue"),
-        ("Connection", "keep-alive, X-Private, te"),
+        ("Connection", "keep-alive, X-Private, te, Content-Length"),
         ("X-Private", "1"),
         ("Keep-Alive", "timeout=5"),
         ("TE", "trailers"),
@@ -86,6 +86,10 @@ fn the_clients_secrets_and_the_hops_headers_stay_here() {
     client.request("POST", MESSAGES, &[&[BEARER], &dropped[..]].concat(), b"{}");
     assert_eq!(client.head().word(1), "100");
     assert_eq!(client.answer().status, 200);
+    // A length tells where the body ends, whatever `Connection` names.
+    let head = up.requests().pop().expect("a request").head;
+    let framing = (head.get("content-length"), head.get("transfer-encoding"));
+    assert_eq!(framing, (Some("2"), None));
     let bearer = access(&mux, "claude");
     let expected = [
         ("anthropic-beta", "oauth-2025-04-20"),
