@@ -224,3 +224,15 @@ fn a_handshake_writes_no_log() {
     let log = mux.whole_log();
     assert!(!log.contains("rustls"), "{log}");
 }
+
+/// Whoever looks for the reason finds it at debug.
+#[test]
+fn at_debug_a_handshake_that_fails_is_told() {
+    let authority = Authority::new();
+    let setup = Setup::new(&Upstream::plain()).tls(&authority);
+    let mux = setup.set("log_level", "debug").start();
+    let mut client = mux.client();
+    client.send("GET /healthz HTTP/1.1\r\nhost: ai-mux\r\n\r\n");
+    client.rest();
+    mux.wait_log(" closed: ");
+}
