@@ -247,14 +247,20 @@ fn an_interim_answer_hides_no_large_one() {
     assert_eq!(up.connections(), 1);
 }
 
-/// On one upstream connection: what was small enough for the events of a stream is large enough for what follows.
+/// On one upstream connection: what was small enough for the events of a stream is large enough
+/// for what follows, a head of nearly 16 KiB.
 #[test]
 fn a_large_head_behind_a_stream() {
     let large = "x".repeat(6000);
     let value = large.clone();
     let up = Upstream::start(move |req, conn| {
         if req.head.get("x-large").is_some() {
-            return conn.respond(200, &[("x-one", &value), ("x-two", &value)], b"fine");
+            let fields = [
+                ("x-one", &value[..]),
+                ("x-two", &value),
+                ("x-three", &value[..3750]),
+            ];
+            return conn.respond(200, &fields, b"fine");
         }
         conn.stream(&[])?;
         conn.chunk("one")?;
@@ -266,6 +272,7 @@ fn a_large_head_behind_a_stream() {
         assert_eq!(mux.message().text(), "onetwo");
         let answer = mux.ask("POST", MESSAGES, &[("x-large", "1")], b"{}");
         assert_eq!(answer.header("x-two"), Some(large.as_str()));
+        assert_eq!(answer.header("x-three"), Some(&large[..3750]));
         assert_eq!(answer.text(), "fine");
     }
     assert_eq!(up.connections(), 1);
