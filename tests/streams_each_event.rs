@@ -175,7 +175,9 @@ fn sixty_four_at_once() {
 #[test]
 fn longer_than_the_request_timeout() {
     let (up, shown) = upstream(1, None);
-    let mux = Setup::new(&up).set("request_timeout", "2s").start();
+    // Nor do all its silences together, which last longer.
+    let setup = Setup::new(&up).set("stream_idle_timeout", "2s");
+    let mux = setup.set("request_timeout", "2s").start();
     let mut client = mux.client();
     client.request("POST", MESSAGES, &[BEARER], b"{}");
     client.head();
