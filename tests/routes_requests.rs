@@ -39,6 +39,12 @@ fn both_providers_are_mapped_and_the_query_is_kept_as_it_is() {
             "/claude/v1/not-oauth/oauth",
             "/anthropic/v1/not-oauth/oauth",
         ),
+        // The first /v1/ is the route's, whatever comes behind it.
+        ("/claude/v1/files/v1/x", "/anthropic/v1/files/v1/x"),
+        (
+            "/claude/v1/models?next=/v1/oauth/authorize",
+            "/anthropic/v1/models?next=/v1/oauth/authorize",
+        ),
         ("/chatgpt/v1/responses", "/backend-api/codex/responses"),
         (
             "/chatgpt/v1/responses/compact?",
