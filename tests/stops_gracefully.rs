@@ -100,7 +100,7 @@ fn what_waits_for_upstream_is_cut_short_with_its_line() {
     });
     let mut mux = Mux::start(&up);
     let mut begun = mux.client();
-    begun.request("POST", MESSAGES, &[BEARER, ("x-begin", "1")], b"{}");
+    begun.request("POST", RESPONSES, &[BEARER, ("x-begin", "1")], b"{}");
     begun.head();
     assert_eq!(begun.text(), "one");
     let mut silent = mux.client();
@@ -149,32 +149,46 @@ fn an_answer_without_a_size_that_is_cut_short_is_broken() {
 
 #[test]
 fn a_second_signal_ends_it_at_once() {
-    let (up, go) = two_events();
-    let (mut mux, mut client) = running(&up, Setup::new(&up));
-    let mut idle = mux.client();
-    mux.signal(Signal::TERM);
-    assert!(idle.closed(), "the first signal was heard");
-    mux.signal(Signal::TERM);
-    assert_ne!(mux.wait_exit(), 0);
-    assert!(client.piece().is_err());
-    go.advance();
+    let (term, int) = (Signal::TERM, Signal::INT);
+    at_once([(term, term), (int, int), (int, term)], |(one, other)| {
+        let (up, go) = two_events();
+        let (mut mux, mut client) = running(&up, Setup::new(&up));
+        let mut idle = mux.client();
+        mux.signal(one);
+        assert!(idle.closed(), "the first signal was heard");
+        mux.signal(other);
+        assert_ne!(mux.wait_exit(), 0, "{one:?} {other:?}");
+        assert!(client.piece().is_err());
+        go.advance();
+    });
 }
 
 #[test]
 fn a_refresh_is_waited_for_until_it_is_saved() {
-    let up = Upstream::plain();
-    let go = up.hold_refreshes();
-    let old = up.login("claude", 300);
-    let mut mux = Setup::new(&up).save("claude", &old.claude()).start();
-    up.wait(1, Request::is_refresh);
-    let mut idle = mux.client();
-    mux.signal(Signal::TERM);
-    assert!(idle.closed(), "the signal was heard");
-    go.advance();
-    assert_eq!(mux.wait_exit(), 0);
-    let file = login::read(&mux.state(), "claude");
-    assert_ne!(file["claudeAiOauth"]["refreshToken"], json!(old.refresh));
-    assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+    let keys = [
+        ("claude", "/claudeAiOauth/refreshToken"),
+        ("chatgpt", "/tokens/refresh_token"),
+    ];
+    at_once(keys, |(provider, key)| {
+        let up = Upstream::plain();
+        let go = up.hold_refreshes();
+        let old = up.login(provider, 300);
+        let setup = Setup::new(&up).save(provider, &old.file(provider));
+        let mut mux = setup.set("log_level", "debug").start();
+        up.wait(1, Request::is_refresh);
+        let mut idle = mux.client();
+        mux.signal(Signal::TERM);
+        assert!(idle.closed(), "the signal was heard");
+        mux.wait_log("no refresh begins any more");
+        // Time enough for a program that waits for nothing to be gone.
+        thread::sleep(Duration::from_millis(500));
+        go.advance();
+        assert_eq!(mux.wait_exit(), 0);
+        let file = login::read(&mux.state(), provider);
+        let saved = file.pointer(key).expect("a refresh token");
+        assert_ne!(saved, &json!(old.refresh), "{provider}");
+        assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
+    });
 }
 
 /// Sooner than another that was asked earlier but has a request to finish.
