@@ -3,6 +3,8 @@
 
 mod common;
 use common::*;
+use std::thread;
+use std::time::{Duration, Instant};
 
 const COOKIE: &str = "nB7vLq2XsT9z";
 const HEADER: &str = "Hy4RkW8mCe6d";
@@ -58,6 +60,7 @@ fn at_any_level_whatever_happens() {
                     ("x-api-key", TOKEN),
                     ("cookie", COOKIE),
                     ("chatgpt-account-id", ACCOUNT), // as Codex does
+                    ("anthropic-version", "2023-06-01"),
                     ("x-way", way),
                 ];
                 let mut client = mux.client();
@@ -85,6 +88,8 @@ fn at_any_level_whatever_happens() {
         if level == "debug" {
             mux.wait_log_times("status=", 20);
             assert!(mux.log().contains("x-way"), "debug adds headers");
+            let plain = "anthropic-version: \"2023-06-01\"";
+            assert!(mux.log().contains(plain), "and what is harmless of them");
             let answers = mux.log_lines(" answer: ");
             assert!(answers.iter().any(|line| line.contains("set-cookie: (")));
             assert!(!mux.log().contains("[ureq"), "the crates say little");
@@ -114,7 +119,7 @@ fn a_level_leaves_out_what_is_less_grave() {
 /// At least what upstream took, as the client's own clock cannot be asked.
 #[test]
 fn the_line_tells_when_the_first_byte_came_and_when_the_last() {
-    let pause = || std::thread::sleep(std::time::Duration::from_millis(300));
+    let pause = || thread::sleep(Duration::from_millis(300));
     let up = Upstream::start(move |_, conn| {
         pause();
         conn.stream(&[])?;
@@ -257,13 +262,25 @@ fn one_line_for_each_request() {
     let mut lines = 0;
     let mut line = |target: &str, headers: &[(&str, &str)]| {
         let mut client = mux.client();
+        thread::sleep(Duration::from_millis(20)); // which no line counts: nothing is asked yet
+        let asked = Instant::now();
         client.request("POST", target, headers, b"{}").head();
-        let _ = client.body();
+        let body = client.body();
         lines += 1;
         mux.wait_log_times("status=", lines);
+        let time = asked.elapsed().as_millis();
         let line = mux.log_lines("status=").pop().expect("a line");
         let local = client.wire.socket().local_addr().expect("an address");
         assert!(line.contains(&format!(" peer={local} ")), "{line}");
+        let told = |name| {
+            let text = line.split(name).nth(1).and_then(|s| s.split("ms").next());
+            text.and_then(|text| text.parse().ok()).unwrap_or(u128::MAX)
+        };
+        let (first, total) = (told(" first="), told(" total="));
+        assert!(first <= total && total <= time, "{line} within {time}ms");
+        if let Ok(body) = body {
+            assert!(line.contains(&format!(" bytes={} ", body.len())), "{line}");
+        }
         line
     };
     let has = |line: &str, words: &[&str]| {
@@ -284,10 +301,6 @@ fn one_line_for_each_request() {
     has(&fine, &common);
     has(&fine, &["status=200", "bytes=7"]);
     assert!(
-        fine.contains(" first=") && fine.contains(" total=") && !fine.contains("first=-"),
-        "{fine}"
-    );
-    assert!(
         !fine.contains("beta") && !fine.contains("req_fine") && !fine.contains("ended="),
         "{fine}"
     );
@@ -304,14 +317,31 @@ fn one_line_for_each_request() {
     );
     let cut = line(MESSAGES, &[BEARER, ("x-way", "cut")]);
     has(&cut, &["status=200", "bytes=5"]);
-    assert!(cut.contains(" ended=\""), "{cut}");
+    assert!(cut.contains(" ended=\"upstream broke off: "), "{cut}");
     let refused = line(MESSAGES, &[]);
     has(&refused, &["user=-", "status=401"]);
+    assert!(refused.contains(" ended=\"wrong or no token"), "{refused}");
     let nowhere = line("/nowhere", &[BEARER]);
     has(
         &nowhere,
         &["user=alice", "provider=-", "path=/nowhere", "status=404"],
     );
+    assert!(nowhere.contains(" ended=\"no such path"), "{nowhere}");
+
+    // One that goes away while it sends its body, and leaves unread what it was told.
+    let mut client = mux.client();
+    let headers = [("content-length", "100"), ("expect", "100-continue")];
+    client.start("POST", MESSAGES, &[&[BEARER], &headers[..]].concat());
+    let told = client.wire.socket().peek(&mut [0]);
+    assert_eq!(told.expect("100 Continue"), 1);
+    drop(client);
+    mux.wait_log("status=0 ");
+    let away = mux.log_lines("status=0 ").pop().expect("a line");
+    has(&away, &["user=alice", "provider=claude", "bytes=0"]);
+    assert!(away.contains(" ended=\"the client went away"), "{away}");
+    for more in [" request: ", " answer: "] {
+        assert!(mux.log_lines(more).is_empty(), "{}", mux.log());
+    }
 }
 
 #[test]

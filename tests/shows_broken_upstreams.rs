@@ -292,7 +292,7 @@ fn assert_dropped(tls: Option<&Authority>) {
     assert_eq!(client.text(), "data: 0\n\n");
     drop(client);
     gone.advance();
-    mux.wait_log("ended=");
+    mux.wait_log("ended=\"the client went away");
     let count = taken.recv_timeout(PATIENCE).expect("a count");
     assert!(count <= 2, "noticed after {count} writes");
 }
