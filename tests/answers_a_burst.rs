@@ -79,7 +79,7 @@ fn serves_at_once(count: usize, with: fn(Setup) -> Setup) {
     assert_eq!(full.status, 503);
     assert!(
         full.header("retry-after")
-            .is_some_and(|s| s.parse::<u64>().is_ok_and(|s| s > 0))
+            .is_some_and(|s| s.parse().is_ok_and(|s: u64| (1..=60).contains(&s)))
     );
     assert_eq!(full.header("x-should-retry"), None);
     full.error();
@@ -118,6 +118,31 @@ fn a_request_waits_for_a_worker() {
     go.advance();
     assert_eq!(first.answer().text(), "fine");
     assert_eq!(second.answer().text(), "fine");
+}
+
+#[test]
+fn who_waits_longest_is_served_next() {
+    let (up, go) = two_events();
+    let mux = Setup::new(&up).set("workers", 1).start();
+    let mut busy = mux.client();
+    busy.request("POST", MESSAGES, &[BEARER, ("x-held", "1")], b"{}");
+    busy.head();
+    let numbers = ["1", "2", "3", "4"];
+    let mut waiting = numbers.map(|number| {
+        let mut client = mux.client();
+        client.request("POST", MESSAGES, &[BEARER, ("x-number", number)], b"{}");
+        // Answered by the gate, which has thus seen what came before.
+        let health = mux.client().request("GET", "/healthz", &[], b"").answer();
+        assert_eq!(health.status, 200);
+        client
+    });
+    go.advance();
+    for client in &mut waiting {
+        assert_eq!(client.answer().text(), "fine");
+    }
+    let requests = up.requests();
+    let served = requests.iter().filter_map(|r| r.head.get("x-number"));
+    assert_eq!(served.collect::<Vec<_>>(), numbers);
 }
 
 /// The most that are kept: a second burst of that size connects to upstream no more.

@@ -102,10 +102,15 @@ fn by_default_an_upstream_may_be_slow() {
     let [late, halting] = &mut clients(&mux, 2)[..] else {
         unreachable!("two of them");
     };
+    // Nor is a connection let go meanwhile on which nothing is asked.
+    let mut idle = mux.client();
+    let mut health = move || idle.request("GET", "/healthz", &[], b"").answer().status;
+    assert_eq!(health(), 200);
     late.request("POST", MESSAGES, &[BEARER, ("x-late", "1")], b"{}");
     halting.request("POST", MESSAGES, &[BEARER], b"{}");
     assert_eq!(halting.answer().text(), "onetwo");
     assert_eq!(late.answer().text(), "late");
+    assert_eq!(health(), 200);
 }
 
 #[test]
@@ -184,7 +189,8 @@ fn assert_408(clients: &mut [Client]) {
         let answer = client.answer();
         assert_eq!(answer.status, 408);
         assert_eq!(answer.header("x-should-retry"), None);
-        answer.error();
+        let said = answer.error();
+        assert!(said.contains("came too slowly; send it"), "{said}");
         assert!(client.closed());
     }
 }

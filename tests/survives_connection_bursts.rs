@@ -5,6 +5,7 @@ mod common;
 use common::*;
 use std::net::TcpStream;
 use std::sync::Barrier;
+use std::time::Duration;
 
 /// Runs `client` that many times in the same instant.
 fn burst(count: usize, client: impl Fn(usize) + Sync) {
@@ -87,4 +88,18 @@ fn a_thousand_connections_one_after_the_other_leave_nothing_behind() {
         TcpStream::connect(mux.addr).expect("connect to ai-mux");
     }
     mux.assert_recovered(before, 4);
+}
+
+/// While it does nothing, the kernel takes them in.
+#[test]
+fn a_burst_that_nobody_accepts_yet_is_queued() {
+    let most = std::fs::read_to_string("/proc/sys/net/core/somaxconn").expect("a limit");
+    let count = most.trim().parse().map_or(400, |most: usize| most.min(400));
+    let mux = Mux::start(&Upstream::plain());
+    mux.signal(Signal::STOP);
+    let time = Duration::from_secs(5);
+    let open = (0..count).map_while(|_| TcpStream::connect_timeout(&mux.addr, time).ok());
+    let open: Vec<_> = open.collect();
+    mux.signal(Signal::CONT);
+    assert_eq!(open.len(), count);
 }
