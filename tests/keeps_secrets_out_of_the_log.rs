@@ -10,6 +10,7 @@ const COOKIE: &str = "nB7vLq2XsT9z";
 const HEADER: &str = "Hy4RkW8mCe6d";
 const BODY: &str = "Gf3PxJ5uZa1o";
 const ACCOUNT: &str = "Qa7NtVw5Bi3k";
+const BOB: &str = "Lr6ZcX1dWq8FhJ4uGe0S";
 
 fn tempted(up: &Upstream, level: &str) -> Setup {
     for secret in [
@@ -158,6 +159,18 @@ fn a_token_in_the_path() {
         }
     }
     mux.wait_log_times("path=(a token)", 4);
+    // Whosever it is, and at the end of what is shown of a path.
+    up.secret(BOB);
+    let users = json!([{"name": "alice", "token": TOKEN}, {"name": "bob", "token": BOB}]);
+    let both = Setup::new(&up).set("users", users).start();
+    let far = "a".repeat(200 - "/claude/v1/".len() - TOKEN.len());
+    for target in [
+        format!("/{BOB}/v1/messages"),
+        format!("/claude/v1/{far}{TOKEN}"),
+    ] {
+        assert_eq!(both.ask("POST", &target, &[], b"{}").status, 404);
+    }
+    both.wait_log_times("path=(a token)", 2);
     assert_eq!(up.requests().len(), 0);
     // At debug, values are in the log, too.
     let agent = format!("{} {TOKEN}", "x".repeat(250));
