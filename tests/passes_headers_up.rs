@@ -169,6 +169,31 @@ fn everything_else_goes_through_byte_for_byte() {
     assert_eq!(seen(&up).len(), sent.len() + 2, "{:?}", seen(&up));
 }
 
+/// A line of 8 KiB, with its line end, is the longest.
+#[test]
+fn a_long_line_is_passed_on_whole() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let value = "x".repeat((8 << 10) - "x-long: \r".len());
+    let ask = |value: &str| {
+        mux.ask("POST", MESSAGES, &[("x-long", value)], b"{}")
+            .status
+    };
+    assert_eq!(ask(&value), 200);
+    let request = up.requests().pop().expect("a request");
+    assert_eq!(request.head.get("x-long"), Some(value.as_str()));
+    assert_eq!(ask(&format!("{value}x")), 431);
+    let query = "x".repeat((8 << 10) - "POST ? HTTP/1.1\r".len() - MESSAGES.len());
+    let target = format!("{MESSAGES}?{query}");
+    assert_eq!(mux.ask("POST", &target, &[], b"{}").status, 200);
+    let request = up.requests().pop().expect("a request");
+    assert!(request.head.word(1).ends_with(&query));
+    assert_eq!(
+        mux.ask("POST", &format!("{target}x"), &[], b"{}").status,
+        431
+    );
+}
+
 #[test]
 fn anthropic_headers_do_not_go_to_chatgpt() {
     let up = Upstream::plain();
@@ -204,6 +229,8 @@ fn the_oauth_beta_is_there_once_and_the_clients_own_stay_in_order() {
             vec!["oauth-2025-04-20", "b-1", "oauth-2025-04-20"],
             vec!["oauth-2025-04-20", "b-1"],
         ),
+        (vec![""], vec!["oauth-2025-04-20"]),
+        (vec!["b-1,,a-2,"], vec!["b-1", "a-2", "oauth-2025-04-20"]),
         (
             vec!["not-oauth-2025-04-20"],
             vec!["not-oauth-2025-04-20", "oauth-2025-04-20"],
