@@ -287,13 +287,37 @@ fn a_reply_that_does_not_fit_is_the_last() {
 fn an_http_1_0_client_is_answered_and_let_go() {
     let up = Upstream::plain();
     let mux = Mux::start(&up);
-    let mut client = mux.client();
-    client.send(format!(
-        "POST {MESSAGES} HTTP/1.0\r\nx-api-key: {TOKEN}\r\ncontent-length: 2\r\n\r\n{{}}"
-    ));
-    let answer = client.answer();
-    assert_eq!((answer.status, answer.text()), (200, "fine"));
-    assert!(client.closed());
+    // It does not know 100 Continue, and would take it for its answer.
+    for expect in ["", "expect: 100-continue\r\n"] {
+        let mut client = mux.client();
+        client.send(format!(
+            "POST {MESSAGES} HTTP/1.0\r\nx-api-key: {TOKEN}\r\n{expect}content-length: 2\r\n\r\n{{}}"
+        ));
+        let answer = client.answer();
+        assert_eq!((answer.status, answer.text()), (200, "fine"));
+        assert!(client.closed());
+    }
+}
+
+/// Once the answer has begun it is of no more use, however long that takes.
+#[test]
+fn a_held_body_is_given_back_while_its_answer_runs() {
+    let (up, go) = two_events();
+    let mux = Mux::start(&up);
+    let before = mux.warm_footprint();
+    let body = vec![b'x'; MIB];
+    let mut clients: Vec<_> = (0..32).map(|_| mux.client()).collect();
+    for client in &mut clients {
+        client.request("POST", MESSAGES, &[BEARER, ("x-held", "1")], &body);
+        client.head();
+        assert_eq!(client.text(), "one");
+    }
+    let running = mux.footprint();
+    assert!(
+        running.resident < before.resident + (16 << 10),
+        "{before:?} {running:?}"
+    );
+    go.advance();
 }
 
 #[test]

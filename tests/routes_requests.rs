@@ -85,6 +85,14 @@ fn every_method_is_passed_on() {
             );
             let request = up.requests().pop().expect("a request");
             assert_eq!(request.body, body.as_bytes(), "{method}");
+            // A method that means to send something tells that it is nothing (RFC 9110 section 8.6).
+            let sends = ["POST", "PUT", "PATCH"].contains(&method) || !body.is_empty();
+            let length = sends.then(|| body.len().to_string());
+            assert_eq!(
+                request.head.get("content-length"),
+                length.as_deref(),
+                "{method}"
+            );
         }
     }
     let answer = mux.ask("HEAD", MESSAGES, &[], b"");
@@ -180,6 +188,8 @@ fn health_needs_no_token() {
         ("HEAD", "/claude"),
         ("HEAD", "/chatgpt"),
         ("HEAD", "/claude/api/hello"),
+        ("GET", "/healthz?x=1"),
+        ("HEAD", "/?x"),
     ] {
         let mut client = mux.client();
         let answer = client.request(method, target, &[], b"").answer();
@@ -195,8 +205,15 @@ fn health_needs_no_token() {
             next.head.start, "HTTP/1.1 200 OK",
             "after {method} {target}"
         );
+        let ready = json!({"claude": "ready", "chatgpt": "ready"});
+        assert_eq!(next.json(), json!({"status": "ok", "providers": ready}));
+        let date = next
+            .header("date")
+            .and_then(|text| httpdate::parse_http_date(text).ok());
+        let age = date.and_then(|date| date.elapsed().ok());
+        assert!(age.is_some(), "a date that is none: {date:?}");
     }
-    mux.wait_log_times("status=200", 12);
+    mux.wait_log_times("status=200", 16);
     assert!(mux.log_lines("ended=").is_empty(), "nothing went wrong");
     for (method, target) in [
         ("GET", "/"),
