@@ -466,6 +466,10 @@ fn odd_but_right_is_served() {
             ),
             "ok",
         ),
+        // As container networks and zones have them.
+        (start.replace("ai-mux", "ai_mux:8080") + "\r\n", ""),
+        (start.replace("ai-mux", "[fe80::1%25eth0]:80") + "\r\n", ""),
+        (start.replace("ai-mux", "~x") + "\r\n", ""),
     ];
     for (request, body) in cases {
         let mut client = mux.client();
@@ -476,5 +480,72 @@ fn odd_but_right_is_served() {
         let framings =
             raw.matches("transfer-encoding:").count() + raw.matches("content-length:").count();
         assert_eq!(framings, 1, "{request:?}: {raw:?}");
+    }
+}
+
+/// Each says what was wrong and what would be right; and those that end the connection, that they do.
+#[test]
+fn what_was_wrong_is_said() {
+    let up = Upstream::plain();
+    let mux = Mux::start(&up);
+    let open = Setup::new(&up).set("users", Value::Null).start();
+    let long = "x".repeat(9 << 10);
+    for (mux, header, status, advice) in [
+        (&open, ("origin", "null"), 403, "configure `users`"),
+        (
+            &mux,
+            ("content-length", "67108865"),
+            413,
+            "over 64 MiB; send less",
+        ),
+        (
+            &mux,
+            ("x-long", long.as_str()),
+            431,
+            "fewer or shorter headers",
+        ),
+        (&mux, ("content-length", "x"), 400, "one Content-Length"),
+        (&mux, ("host", "b"), 400, "not one host name"),
+        (&mux, ("upgrade", "websocket"), 426, "use plain HTTP"),
+    ] {
+        let mut client = mux.client();
+        let answer = client.start("POST", MESSAGES, &[BEARER, header]).answer();
+        let said = answer.error();
+        assert!(answer.status == status && said.contains(advice), "{said}");
+        if [400, 413, 431].contains(&status) {
+            assert_eq!(answer.header("connection"), Some("close"), "{said}");
+            assert!(client.closed(), "{said}");
+        }
+    }
+    for (raw, advice) in [
+        ("GET / HTTP/1.1\r\n\r\n", "the Host header is missing"),
+        (
+            "get / HTTP/1.1\r\nhost: x\r\n\r\n",
+            "the method is not valid",
+        ),
+        (
+            "TRACE / HTTP/1.1\r\nhost: x\r\n\r\n",
+            "one that can be passed on",
+        ),
+        (
+            "GET http://x/ HTTP/1.1\r\nhost: x\r\n\r\n",
+            "must be a path",
+        ),
+        ("GET /<> HTTP/1.1\r\nhost: x\r\n\r\n", "percent-encoded"),
+        ("GET / HTTP/1.1\nhost: x\r\n\r\n", "a bare LF"),
+        (
+            "HEAD / HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\n\r\n",
+            "must have no body",
+        ),
+    ] {
+        let mut client = mux.client();
+        client.send(raw);
+        let head = client.head();
+        assert_eq!(
+            (head.word(1), head.get("connection")),
+            ("400", Some("close"))
+        );
+        let rest = String::from_utf8_lossy(&client.rest()).into_owned();
+        assert!(rest.contains(advice), "{raw:?}: {rest}");
     }
 }

@@ -303,6 +303,7 @@ fn one_process_for_each_state_dir() {
     let (code, said) = Setup::new(&up).set("state_dir", state.as_str()).refused();
     assert_eq!(code, 1, "{said}");
     assert!(said.contains(&state), "{said}");
+    assert!(said.contains("another ai-mux uses it"), "{said}");
     assert_eq!(mux.message().status, 200);
 }
 

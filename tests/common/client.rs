@@ -202,6 +202,8 @@ impl Answer {
             _ => "internal_server_error",
         };
         assert_eq!(error["code"], code, "{json}");
-        error["message"].as_str().expect("a message").to_owned()
+        let message = error["message"].as_str().expect("a message");
+        assert!(!message.is_empty(), "{json}");
+        message.to_owned()
     }
 }
