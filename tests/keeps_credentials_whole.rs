@@ -460,6 +460,26 @@ fn with_clock(setup: Setup) -> Option<(Setup, impl Fn(&str))> {
     Some((setup, jump))
 }
 
+#[test]
+fn a_token_that_is_refused_after_a_minute_is_refreshed_again() {
+    let up = Upstream::plain();
+    let Some((setup, jump)) = with_clock(Setup::new(&up)) else {
+        return say("SKIPPED: libfaketime is not installed, so no clock can be set");
+    };
+    let mux = setup.start();
+    let used = || {
+        assert_eq!(mux.message().status, 200);
+        up.requests().pop().expect("a request").bearer().to_owned()
+    };
+    up.revoke(&used());
+    let second = used();
+    up.revoke(&second);
+    assert_eq!(mux.message().status, 401, "it is too young");
+    jump("+65s");
+    assert_ne!(used(), second);
+    assert_eq!((up.refreshes().len(), up.reused()), (2, 0));
+}
+
 /// A laptop that slept: the token that was good for an hour has expired, all at once. And a clock that
 /// is set back harms nothing.
 #[test]

@@ -150,6 +150,11 @@ fn a_time_is_in_seconds_or_milliseconds_and_keeps_its_unit() {
             .pointer(key)
             .and_then(Value::as_u64)
             .expect("a number");
+        let keys = |of: &Value| {
+            of.as_object()
+                .map(|fields| fields.keys().cloned().collect::<Vec<_>>())
+        };
+        assert_eq!(keys(&saved), keys(&file), "none goes, none comes");
         let bounds = (before + ttl) * unit..=(now() + ttl + 1) * unit;
         assert!(
             bounds.contains(&expires),

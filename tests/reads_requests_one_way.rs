@@ -222,6 +222,7 @@ fn a_panic_is_a_500_before_the_head_and_a_broken_answer_after() {
     let heard = String::from_utf8(heard).expect("text");
     assert!(heard.starts_with("HTTP/1.1 500 "), "{heard}");
     assert!(heard.contains("\"type\":\"error\"") && !broken, "{heard}");
+    assert!(!heard.contains("x-should-retry"), "{heard}");
 
     const BEGUN: &[u8] = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n";
     let (heard, broken) = inside::panic_after(BEGUN);

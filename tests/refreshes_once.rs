@@ -292,3 +292,22 @@ fn at_the_address_that_is_configured() {
     assert_eq!(mux.message().status, 200);
     assert_eq!(up.refreshes()[0].head.word(1), "/claude/token/");
 }
+
+/// The vendor's own tool would take a time that is past for a login that has ended.
+#[test]
+fn where_no_lifetime_is_told_the_file_says_an_hour() {
+    let up = Upstream::plain();
+    let (old, fresh) = (up.login("claude", -10), up.login("claude", 3600));
+    let answer = json!({"access_token": fresh.access, "refresh_token": fresh.refresh});
+    up.on_refresh(move |_, conn| conn.json(200, &answer).map(|()| true));
+    let before = now();
+    let mux = Setup::new(&up).save("claude", &old.claude()).start();
+    mux.wait_log("claude: refreshed");
+    let file = login::read(&mux.state(), "claude");
+    let expires = file["claudeAiOauth"]["expiresAt"].as_u64();
+    let expires = expires.expect("a time") / 1000;
+    assert!(
+        (before + 3600..=now() + 3600).contains(&expires),
+        "{expires}"
+    );
+}
