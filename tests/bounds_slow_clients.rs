@@ -34,8 +34,8 @@ const FAMILIES: [(&str, Family); 12] = [
     ("a reader that is slow, but never pauses", steady_reader),
 ];
 
-/// What is encrypted already may still wait for room. With four workers, since what all sockets of
-/// a machine may hold together has a limit, beyond which the kernel slows each.
+/// What is encrypted already may still wait for room. They have four workers only, since what all
+/// sockets of a machine may hold together has a limit, beyond which the kernel slows each.
 const OVER_TLS: [(&str, Family); 2] = [
     ("answers over TLS that nobody reads", |mux, up| {
         never_readers(mux, up, 4)

@@ -280,7 +280,7 @@ fn a_large_head_behind_a_stream() {
 
 /// A length that is said twice, or beside chunks, would be read in two ways by some.
 #[test]
-fn a_length_that_is_said_twice_is_not_passed_on() {
+fn a_length_that_is_not_all_of_the_framing_is_not_passed_on() {
     let up = Upstream::start(|req, conn| {
         if req.head.get("x-way") == Some("chunks") {
             conn.stream(&[("content-length", "3")])?;

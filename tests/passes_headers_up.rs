@@ -169,7 +169,7 @@ fn everything_else_goes_through_byte_for_byte() {
     assert_eq!(seen(&up).len(), sent.len() + 2, "{:?}", seen(&up));
 }
 
-/// A line of 8 KiB, with its line end, is the longest.
+/// A line of 8 KiB, with its CR but not its LF, is the longest.
 #[test]
 fn a_long_line_is_passed_on_whole() {
     let up = Upstream::plain();

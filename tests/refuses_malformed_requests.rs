@@ -466,7 +466,7 @@ fn odd_but_right_is_served() {
             ),
             "ok",
         ),
-        // As container networks and zones have them.
+        // As container networks and zones have them; and what else a name may be made of.
         (start.replace("ai-mux", "ai_mux:8080") + "\r\n", ""),
         (start.replace("ai-mux", "[fe80::1%25eth0]:80") + "\r\n", ""),
         (start.replace("ai-mux", "~x") + "\r\n", ""),

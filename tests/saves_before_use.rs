@@ -279,7 +279,7 @@ fn a_file_that_is_just_being_written_is_waited_for() {
     assert!((0..10).any(|_| is_waited_for()), "the machine is too slow");
 }
 
-/// `false`: the other tool was slower than any is, as the machine paused, so that nothing was shown.
+/// `false`: the machine paused, and the other tool was slower than a real one, so nothing was shown.
 fn is_waited_for() -> bool {
     let (up, state) = tells_what_is_saved();
     let (told, took) = mpsc::channel();

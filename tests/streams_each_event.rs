@@ -176,14 +176,14 @@ fn sixty_four_at_once() {
 fn longer_than_the_request_timeout() {
     let (up, shown) = upstream(1, None);
     // Nor do all its silences together, which last longer.
-    let setup = Setup::new(&up).set("stream_idle_timeout", "2s");
+    let setup = Setup::new(&up).set("stream_idle_timeout", "4s");
     let mux = setup.set("request_timeout", "2s").start();
     let mut client = mux.client();
     client.request("POST", MESSAGES, &[BEARER], b"{}");
     client.head();
     for n in 1..=EVENTS {
         assert_eq!(client.text(), event(n));
-        std::thread::sleep(std::time::Duration::from_millis(600));
+        std::thread::sleep(std::time::Duration::from_millis(900));
         shown[0].advance();
     }
     assert_eq!(client.piece().expect("a proper end"), None);

@@ -235,4 +235,7 @@ fn at_debug_a_handshake_that_fails_is_told() {
     client.send("GET /healthz HTTP/1.1\r\nhost: ai-mux\r\n\r\n");
     client.rest();
     mux.wait_log(" closed: ");
+    let line = mux.log_lines(" closed: ").remove(0);
+    let why = line.split(" closed: ").nth(1).unwrap_or_default();
+    assert!(!["", "the client ended it"].contains(&why), "{line}");
 }

@@ -93,8 +93,10 @@ fn a_thousand_connections_one_after_the_other_leave_nothing_behind() {
 /// While it does nothing, the kernel takes them in.
 #[test]
 fn a_burst_that_nobody_accepts_yet_is_queued() {
-    let most = std::fs::read_to_string("/proc/sys/net/core/somaxconn").expect("a limit");
-    let count = most.trim().parse().map_or(400, |most: usize| most.min(400));
+    // As many as the kernel lets anyone queue; where it does not tell, as many as it always has.
+    let most = std::fs::read_to_string("/proc/sys/net/core/somaxconn").ok();
+    let most = most.and_then(|text| text.trim().parse().ok());
+    let count = most.unwrap_or(128).min(400);
     let mux = Mux::start(&Upstream::plain());
     mux.signal(Signal::STOP);
     let time = Duration::from_secs(5);

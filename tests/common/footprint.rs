@@ -96,12 +96,12 @@ impl Mux {
     }
 }
 
-/// The same of the thread that asks.
+/// What the calling thread has used of a processor so far, in hundredths of a second.
 pub fn own_processor_time() -> u64 {
     processor_time("thread-self")
 }
 
-/// proc_pid_stat(5)
+/// The times of a process or a thread, named as in /proc (proc_pid_stat(5)).
 fn processor_time(of: &str) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{of}/stat")).expect("its state");
     let (_, numbers) = stat.rsplit_once(") ").expect("a name in brackets");
