@@ -1974,7 +1974,11 @@ impl<T: Transport> Transport for Deadline<T> {
     }
 
     fn transmit_output(&mut self, amount: usize, time: NextTimeout) -> Result<(), ureq::Error> {
-        self.0.transmit_output(amount, in_time(time))
+        self.0.transmit_output(amount, in_time(time))?;
+        // ureq's TLS says nothing of a time-out, and would send again what went out in part.
+        let late = left_until(WAIT_END.get()).is_zero();
+        let late = late.then_some(ureq::Error::Timeout(time.reason));
+        late.map_or(Ok(()), Err)
     }
 
     fn is_open(&mut self) -> bool {

@@ -102,6 +102,13 @@ impl Upstream {
         Upstream::serve(Box::new(script), false, Some(authority.clone()))
     }
 
+    pub fn tls_at_head(
+        authority: &Authority,
+        script: impl Fn(&Request, &mut Conn) -> io::Result<()> + Send + Sync + 'static,
+    ) -> Upstream {
+        Upstream::serve(Box::new(script), true, Some(authority.clone()))
+    }
+
     /// Answers everything with 200 and a few bytes.
     pub fn plain() -> Upstream {
         Upstream::start(|_, conn| conn.respond(200, &[("content-type", "text/plain")], b"fine"))
