@@ -1938,9 +1938,10 @@ thread_local! {
     static WAIT_END: Cell<Instant> = Cell::new(Instant::now());
 }
 
-/// A ureq transport that waits until `WAIT_END` at most, and is open only if nothing is left to
-/// read; `Deadline<()>` wraps any other in one. ureq's own limits would not do: they start anew
-/// with each phase of a request, and the one for a single read is for heads and handshakes, too.
+/// A ureq transport that waits until `WAIT_END` at most (for a write that the kernel takes in part,
+/// as long again), and is open only if nothing is left to read; `Deadline<()>` wraps any other in
+/// one. ureq's own limits would not do: they start anew with each phase of a request, and the one
+/// for a single read is for heads and handshakes, too.
 #[derive(Debug)]
 struct Deadline<T>(T);
 
