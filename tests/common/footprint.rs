@@ -2,7 +2,7 @@
 
 use super::http::PATIENCE;
 use super::mux::Mux;
-use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
@@ -83,8 +83,11 @@ impl Mux {
         }
     }
 
-    /// Changes the limit of its descriptors while it runs; returns the old one.
+    /// Changes the limit of its descriptors while it runs; returns the old one. Only Linux can, and the demo is
+    /// built elsewhere, too.
+    #[cfg(target_os = "linux")]
     pub fn limit_descriptors(&self, limit: u64) -> u64 {
+        use rustix::process::{Pid, prlimit};
         let new = Rlimit {
             current: Some(limit),
             maximum: getrlimit(Resource::Nofile).maximum, // It has inherited ours.
