@@ -26,7 +26,7 @@
 //! - A **reply** is ai-mux's own answer; all else that a client hears, but for 100 Continue, is
 //!   upstream's.
 //!
-//! The sections, story first; but for helpers and exchanges, callers stand above callees:
+//! The sections, from the story to the reference; most callers stand above what they call:
 //!
 //! ```text
 //! limits      the bounds of all that comes in, is kept, or is waited for
@@ -190,8 +190,8 @@ const CUT_TIME: Duration = Duration::from_secs(1);
 const DURATION_MAX: Duration = Duration::from_secs(365 * 86400);
 
 // ─── main ────────────────────────────────────────────────────────────────────────────────────
-// In: the command line. Out: an exit code: 0, 1 for a failure to start or run, 2 for
-// a bad command line or configuration.
+// In: the command line. Out: an exit code: 1 for a failure to start or run, 2 for a bad command
+// line or configuration, else 0.
 
 const HELP: &str = "\
 ai-mux: your own Claude or ChatGPT subscription, from all your own devices
@@ -340,7 +340,7 @@ impl Exchange {
                 (self.report.status, self.report.bytes) = (reply.status, length);
                 self.report.first = Some(self.started.elapsed());
                 match self.stream.write_piece(&answer) {
-                    Ok(()) => (true, Some(reply.message).filter(|_| reply.status != 200)),
+                    Ok(()) => (true, (reply.status != 200).then_some(reply.message)),
                     Err(e) => (false, Some(format!("the client took no reply: {e}"))),
                 }
             }
@@ -571,7 +571,7 @@ impl Gate {
 
     /// Closes the connection that has been quiet longest, if there is one.
     fn make_room(&mut self) -> bool {
-        self.connections.extract_if(.., |_| true).next().is_some()
+        self.connections.extract_if(.., |_| true).next().is_some() // the others stay
     }
 
     /// Reads on what a client sends. A whole head begins an exchange.
@@ -604,9 +604,9 @@ impl Gate {
         self.inner.write_all(&TICKET.repeat(count))?;
         let late = |e: &mut Exchange| e.stream.socket.deadline <= Instant::now();
         for exchange in self.queue.extract_if(.., late) {
-            let mut busy = Reply::new(503, "no worker was free; try again, or raise `workers`");
-            busy.retry_after = Some(Duration::from_secs(1));
-            self.connections.extend(exchange.conclude(Err(busy)));
+            let mut full = Reply::new(503, "no worker was free; try again, or raise `workers`");
+            full.retry_after = Some(Duration::from_secs(1));
+            self.connections.extend(exchange.conclude(Err(full)));
         }
         Ok(())
     }
@@ -862,7 +862,7 @@ fn lists(fields: &HeaderMap, name: &str, item: &str) -> bool {
 // an answer, not a worker.
 
 /// What tiny_http gets for each exchange: the worker that receives it serves the exchange parked
-/// longest. All are alike, so if tiny_http hands out the one that is sent at start, it does all.
+/// longest. All are alike: if tiny_http hands out the one sent at start, it hands out every one.
 const TICKET: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
 
 /// Starts tiny_http, and proves the inner connection with a first ticket. Its ends meet at a socket
@@ -1000,7 +1000,7 @@ impl Proxy {
         let segments: Vec<_> = path_of(target).split('/').skip(1).collect();
         if segments.iter().all(usual)
             && let [name, "v1", first, ..] = segments[..]
-            && !first.eq_ignore_ascii_case("oauth")
+            && !first.eq_ignore_ascii_case("oauth") // where a token manages its login
             && let Some(upstream) = self.upstreams.iter().find(|u| u.provider.name == name)
             && let Some((_, rest)) = target.split_once("/v1/")
         {
@@ -1069,7 +1069,7 @@ struct State {
 
 #[derive(Clone)]
 struct Refresh {
-    /// The refresh token that it spent, then those spent to get that one, newest first.
+    /// The refresh token that it spent, then those spent to get that one, newest first: no `None`.
     spent: Vec<Option<Secret>>,
     /// What it brought.
     login: Login,
@@ -1176,8 +1176,8 @@ impl Credential {
     fn refresh_if_due(&self, _turn: MutexGuard<()>, margin: Duration, rejected: Option<&Secret>) {
         // A closure, since `while let` would hold the lock for as long as its block.
         let due = || self.reload(true).due(margin, rejected).cloned();
-        // Looks again after each try: the file may have another login, which then wins, and is due
-        // as well.
+        // Looks again after each try: the file may have another login by then, which wins, and may
+        // be due as well.
         while let Some(old) = due() {
             if let Err((why, least)) = self.refresh(&old) {
                 // Another tool may have refreshed it meanwhile; then that login is the newer one.
@@ -1365,9 +1365,9 @@ impl Credential {
             return state;
         }
         state.settled = false;
-        // Whether the login in memory stays in use: not once the file's is gone; if there is no
-        // file that we may read, only an unsaved one, of which there is no other copy; else (the
-        // file is half written, say) any.
+        // Whether the login in memory stays in use. Once the file's is gone, it does not. Where the
+        // file is one that we may not read, it does if it is unsaved, as there is no other copy.
+        // Else (the file is half written, say) it does.
         let keeps = |e: &io::Error| match e.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => false,
             ErrorKind::InvalidInput | ErrorKind::PermissionDenied => state.unsaved,
@@ -1596,7 +1596,7 @@ struct Provider {
     token_url: &'static str,
     /// What stands between `base_url` and all that comes behind `/v1/` in the client's path.
     prefix: &'static str,
-    /// Added to `anthropic-beta`; without it, `anthropic-*` is dropped and the account is sent.
+    /// Added to `anthropic-beta`; `None`: `anthropic-*` is dropped, and the account is sent.
     beta: Option<&'static str>,
     /// What the token endpoint is told beside the grant's type and the refresh token.
     grant: &'static [(&'static str, &'static str)],
@@ -1713,13 +1713,13 @@ struct Upstream {
 
 impl Upstream {
     fn new(settings: ProviderSettings, config: &Config, roots: &RootCerts) -> Result<Self, String> {
-        let (provider, time) = (settings.provider, Some(config.request_timeout));
+        let provider = settings.provider;
         let calls = agent_config(config, roots, &settings.token_url)?
             .timeout_global(Some(REFRESH_TIME))
-            .timeout_connect(Some(REFRESH_TIME / 2)) // which a proxy's name may take once more
+            .timeout_connect(Some(REFRESH_TIME / 2)) // once for a proxy's name, once to connect
             .max_idle_connections(0);
         let requests = agent_config(config, roots, &settings.base_url)?
-            .timeout_connect(time)
+            .timeout_connect(Some(config.request_timeout))
             .max_idle_connections(UPSTREAMS_KEPT)
             .max_idle_connections_per_host(UPSTREAMS_KEPT);
         let connector = || DefaultConnector::new().chain(Deadline(()));
@@ -1776,11 +1776,11 @@ impl Upstream {
                 headers.append(name, value.clone());
             }
         }
-        headers.extend(self.settings.headers.clone());
+        headers.extend(self.settings.headers.clone()); // a map's fields replace, pairs would not
         let bearer = format!("Bearer {}", login.access.expose());
         headers.insert(AUTHORIZATION, header_value(&bearer));
         if let Some(ours) = self.provider.beta {
-            let mut kept = false;
+            let mut kept = false; // ours goes up once, where it stands first
             let mut betas: Vec<_> = items(headers, "anthropic-beta").chain([ours]).collect();
             betas.retain(|b| !b.is_empty() && (*b != ours || !std::mem::replace(&mut kept, true)));
             headers.insert("anthropic-beta", header_value(&betas.join(",")));
@@ -1837,8 +1837,8 @@ fn roots() -> Result<RootCerts, String> {
         return Ok(RootCerts::WebPki);
     };
     let trusted = certificates(path.as_ref()).map_err(|e| format!("SSL_CERT_FILE: {e}"))?;
-    let owned = |der| ureq::tls::Certificate::from_der(der).to_owned();
-    Ok(trusted.iter().map(|der| owned(der)).into())
+    let owned = |der: &CertificateDer| ureq::tls::Certificate::from_der(der).to_owned();
+    Ok(trusted.iter().map(owned).into())
 }
 
 /// How upstream is reached, for requests and refreshes: no redirect, no header of ureq's own.
@@ -1866,7 +1866,7 @@ type AgentConfig = ureq::config::ConfigBuilder<ureq::typestate::AgentScope>;
 fn proxy_for(uri: &http::Uri, config: &Config) -> Result<Option<ureq::Proxy>, String> {
     let set = |name| std::env::var(name).ok().filter(|text| !text.is_empty());
     let mut names = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"].into_iter();
-    let found = names.find_map(|name| Some(name).zip(set(name)));
+    let found = names.find_map(|name| Some((name, set(name)?)));
     let Some((name, text)) = found.filter(|_| config.proxy.is_none()) else {
         return Ok(config.proxy.clone());
     };
@@ -1921,7 +1921,7 @@ impl Resolver for Lookup {
             Some(_) => time.after = time.after.min(LOOKUP_TIME.into()),
             None => {}
         }
-        // It has a thread look the name up, and panics, as the log then says, where it gets none.
+        // ureq's own has a thread look it up, and panics, as the log then says, where it gets none.
         let look_up = || DefaultResolver::default().resolve(uri, config, time);
         let no_thread = |_| Err(io::Error::other("no thread for a look-up").into());
         let found = catch_unwind(AssertUnwindSafe(look_up)).unwrap_or_else(no_thread);
@@ -1955,10 +1955,10 @@ impl<T: Transport> Connector<T> for Deadline<()> {
     }
 }
 
-/// The lesser of `time` and what is left until `WAIT_END`. `time` can be less: `is_open` asks for
-/// no wait, and behind an HTTP proxy one `Deadline` is inside another.
+/// The lesser of `time` and what is left until `WAIT_END`. `time` can be less: connecting has
+/// limits of its own, and behind an HTTP proxy an outer `Deadline` asks in `is_open` for no wait.
 fn in_time(mut time: NextTimeout) -> NextTimeout {
-    // Rounded up to 0.1 s: mostly the same as before then, and plain HTTP saves a setsockopt(2).
+    // Rounded up to 0.1 s, it mostly equals the one before: plain HTTP then saves a setsockopt(2).
     let left = left_until(WAIT_END.get()).as_micros();
     let left = Duration::from_micros(left.next_multiple_of(100_000) as u64);
     time.after = time.after.min(left.into());
@@ -1978,8 +1978,8 @@ impl<T: Transport> Transport for Deadline<T> {
         self.0.transmit_output(amount, in_time(time))?;
         // ureq's TLS says nothing of a time-out, and would send again what went out in part.
         let late = left_until(WAIT_END.get()).is_zero();
-        let late = late.then_some(ureq::Error::Timeout(time.reason));
-        late.map_or(Ok(()), Err)
+        let timeout = Err(ureq::Error::Timeout(time.reason));
+        if late { timeout } else { Ok(()) }
     }
 
     fn is_open(&mut self) -> bool {
@@ -2039,8 +2039,8 @@ impl Write for Socket {
         self.step(PollFlags::OUT, || (&self.tcp).write(bytes))
     }
 
-    /// Takes all of rustls's records at once: after an error it writes only once, and its alert is
-    /// the last record.
+    /// Takes all records at once: after an error, rustls writes only once, and its alert is the
+    /// last of them.
     fn write_vectored(&mut self, records: &[IoSlice]) -> io::Result<usize> {
         self.step(PollFlags::OUT, || (&self.tcp).write_vectored(records))
     }
@@ -2454,8 +2454,8 @@ fn load_config(path: &Path) -> Result<Config, String> {
             return parse_config(serde_json::from_str(text).map_err(unquoted)?);
         }
         let config = parse_config(serde_yaml::from_str(text).map_err(unquoted)?)?;
-        // Tags are refused, as JSON's values have none: of `!secret x`, say, x is to be looked
-        // up elsewhere. Only now, as the error names the field, which before could be a secret.
+        // Refuses tags, as JSON's values have none: `!secret x`, say, does not mean x itself. Only
+        // now: the error names a field, and one that is not yet known as ours could be a secret.
         let tagged = |e: serde_yaml::Error| e.to_string().replace("type: enum", "type: a tag");
         serde_yaml::from_str::<Value>(text).map_err(tagged)?;
         Ok(config)
@@ -2588,7 +2588,8 @@ fn unquoted(e: impl Display) -> String {
     line.trim_start_matches(": ").to_owned()
 }
 
-/// The fields of a part of the file, none of them unknown; one that is null counts as absent.
+/// The fields of a part of the file, none unknown, or tagged (a `str` equals a tagged value, too);
+/// one that is null counts as absent.
 fn fields(part: Yaml, known: &str) -> Result<Mapping, String> {
     let not_a_map = |_| "found something (not shown), expected NAME: VALUE lines";
     let mut fields: Mapping = serde_yaml::from_value(part).map_err(not_a_map)?;
@@ -2643,11 +2644,11 @@ const PATH: Kind<PathBuf> = ("a path, or ~/PATH where there is a home", |value| 
 const ADDRESS: Kind<(String, u16)> = ("\":PORT\", \"HOST:PORT\" or \"[IPV6]:PORT\"", |value| {
     let (host, port) = value.as_str()?.rsplit_once(':')?;
     let host = if host.is_empty() { "[::]" } else { host };
-    let ip = (host.strip_prefix('[')).and_then(|host| host.strip_suffix(']'));
+    let ip = host.strip_prefix('[').and_then(|ip| ip.strip_suffix(']'));
     let (name, marks) = ip.map_or((host, "-._"), |ip| (ip, "-._:%"));
     let in_hosts = |c: char| c.is_ascii_alphanumeric() || marks.contains(c);
     let valid = !name.is_empty() && name.chars().all(in_hosts) && !port.starts_with('+');
-    Some((host.to_owned(), port.parse().ok()?)).filter(|_| valid)
+    valid.then_some((host.to_owned(), port.parse().ok()?))
 });
 
 const LEVEL: Kind<LevelFilter> = ("debug, info, warn or error", |value| {
@@ -2767,7 +2768,7 @@ impl Reply {
     }
 }
 
-/// Breaks the connection off: the answer has begun already, or there is nobody to answer.
+/// For a connection to be broken off: the answer has begun already, or there is nobody to answer.
 fn broken(why: impl Into<String>) -> Reply {
     Reply::new(0, why)
 }
