@@ -464,7 +464,7 @@ fn with_clock(setup: Setup) -> Option<(Setup, impl Fn(&str))> {
 fn a_token_that_is_refused_after_a_minute_is_refreshed_again() {
     let up = Upstream::plain();
     let Some((setup, jump)) = with_clock(Setup::new(&up)) else {
-        return say("SKIPPED: libfaketime is not installed, so no clock can be set");
+        return say("SKIPPED: no faketime, or a static ai-mux, which cannot load it");
     };
     let mux = setup.start();
     let used = || {
@@ -486,7 +486,7 @@ fn a_token_that_is_refused_after_a_minute_is_refreshed_again() {
 fn a_clock_that_jumps() {
     let up = Upstream::plain();
     let Some((setup, jump)) = with_clock(Setup::new(&up)) else {
-        return say("SKIPPED: libfaketime is not installed, so no clock can be set");
+        return say("SKIPPED: no faketime, or a static ai-mux, which cannot load it");
     };
     let mux = setup.start();
     let ask = || {
@@ -520,7 +520,7 @@ fn a_login_that_was_spent_long_ago_and_is_put_back() {
     let up = Upstream::plain();
     let old = up.login("claude", -10).claude();
     let Some((setup, jump)) = with_clock(Setup::new(&up).save("claude", &old)) else {
-        return say("SKIPPED: libfaketime is not installed, so no clock can be set");
+        return say("SKIPPED: no faketime, or a static ai-mux, which cannot load it");
     };
     let mux = setup.start();
     let put_back = || login::save(&mux.state(), "claude", &old);

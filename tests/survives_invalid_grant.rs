@@ -344,7 +344,7 @@ fn a_retry_after_may_be_a_date() {
 #[test]
 fn the_wait_grows_to_five_minutes() {
     let Some(library) = setup::faketime() else {
-        return say("SKIPPED: libfaketime is not installed, so no clock can be set");
+        return say("SKIPPED: no faketime, or a static ai-mux, which cannot load it");
     };
     let up = Upstream::plain();
     refuse(&up, 500, json!({}));

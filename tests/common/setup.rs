@@ -252,9 +252,15 @@ pub fn under_strace(options: &str) -> Option<String> {
         .then(|| format!("exec {strace} \"$@\""))
 }
 
-/// The library that sets a program's clock, where there is one: for `LD_PRELOAD`.
+/// The library that sets a program's clock, for `LD_PRELOAD`: where there is one, and ai-mux is not static.
 pub fn faketime() -> Option<String> {
     let folders = ["x86_64-linux-gnu", "aarch64-linux-gnu", "."];
     let library = folders.map(|folder| format!("/usr/lib/{folder}/faketime/libfaketimeMT.so.1"));
-    library.into_iter().find(|path| Path::new(path).exists())
+    let library = library.into_iter().find(|path| Path::new(path).exists())?;
+    // With this, the dynamic linker only tells what it would load.
+    let mut told = Command::new(binary());
+    told.arg("--version").env("LD_TRACE_LOADED_OBJECTS", "1");
+    let told = told.env("LD_PRELOAD", &library).output().ok()?;
+    let loads_it = String::from_utf8_lossy(&told.stdout).contains("faketime");
+    loads_it.then_some(library)
 }
