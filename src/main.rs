@@ -1967,7 +1967,13 @@ fn in_time(mut time: NextTimeout) -> NextTimeout {
 
 impl<T: Transport> Transport for Deadline<T> {
     fn await_input(&mut self, time: NextTimeout) -> Result<bool, ureq::Error> {
-        self.0.await_input(in_time(time))
+        // By its kind, ureq would take a reset, and TLS without its close_notify, for the end of an
+        // answer without a size (RFC 9112 section 9.8).
+        let came = self.0.await_input(in_time(time));
+        came.map_err(|e| match e {
+            ureq::Error::Io(e) => io::Error::other(e).into(),
+            e => e,
+        })
     }
 
     fn buffers(&mut self) -> &mut dyn Buffers {

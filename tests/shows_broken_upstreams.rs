@@ -4,7 +4,7 @@
 mod common;
 use common::*;
 use rustix::net::{self, AddressFamily, SocketType};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
@@ -246,6 +246,73 @@ fn silence_in_a_body_breaks_it_off() {
     assert_ne!(error.kind(), io::ErrorKind::WouldBlock);
     mux.wait_log("ended=\"upstream was silent for stream_idle_timeout\"");
     end.advance();
+}
+
+/// An answer without a size is whole only if its connection ends properly: no reset, and over TLS a close_notify
+/// (RFC 9112 section 9.8).
+#[test]
+fn an_answer_without_a_size_ends_as_its_connection_does() {
+    let authority = Authority::new();
+    let ways = [
+        ("a FIN", None, true),
+        ("a reset", None, false),
+        ("a close_notify", Some(&authority), true),
+        ("a FIN", Some(&authority), false),
+    ];
+    for (way, tls, is_whole) in ways {
+        let shown = Steps::default();
+        let addr = ends_by(way, tls.cloned(), shown.clone());
+        let up = Upstream::plain();
+        let setup = Setup::new(&up);
+        let roots = setup.write("roots.pem", &authority.cert_pem);
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let setup = setup.provider(0, "base_url", format!("{scheme}://{addr}"));
+        let mux = setup.env("SSL_CERT_FILE", roots).start();
+        let mut client = mux.client();
+        client.request("POST", MESSAGES, &[BEARER], b"{}");
+        client.head();
+        assert_eq!(client.text(), "all of it", "{scheme}, {way}");
+        shown.advance();
+        match client.piece() {
+            Ok(None) => assert!(is_whole, "{scheme}, {way} is no end"),
+            Ok(Some(piece)) => panic!("{scheme}, {way}: {piece:?} was never sent"),
+            Err(e) => assert!(!is_whole, "{scheme}, {way} is an end: {e}"),
+        }
+        mux.wait_log("status=200");
+        let broke = mux.log().contains("ended=\"upstream broke off");
+        assert_eq!(broke, !is_whole, "{scheme}, {way}");
+    }
+}
+
+/// An upstream that answers once, without a size, and ends its connection in that way, once that is shown.
+fn ends_by(way: &'static str, authority: Option<Authority>, shown: Steps) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
+    let addr = listener.local_addr().expect("an address");
+    std::thread::spawn(move || -> io::Result<()> {
+        let (mut socket, _) = listener.accept()?;
+        let mut tls = authority.map(|authority| authority.server());
+        let mut wire: Box<dyn http::Io> = match &mut tls {
+            Some(tls) => Box::new(rustls::Stream::new(tls, &mut socket)),
+            None => Box::new(&mut socket),
+        };
+        let mut asked = [0; 4096];
+        while !asked.windows(2).any(|two| two == b"{}") {
+            let _ = wire.read(&mut asked)?;
+        }
+        wire.write_all(b"HTTP/1.1 200 OK\r\n\r\nall of it")?;
+        drop(wire);
+        shown.wait(1);
+        match (way, tls) {
+            ("a reset", _) => net::sockopt::set_socket_linger(&socket, Some(Duration::ZERO))?,
+            ("a close_notify", Some(mut tls)) => {
+                tls.send_close_notify();
+                tls.write_tls(&mut socket)?;
+            }
+            _ => {}
+        }
+        Ok(())
+    });
+    addr
 }
 
 /// Sends events until the other side has gone: how many it took.
