@@ -156,7 +156,7 @@ in
         type = types.nullOr path;
         default = null;
         example = "/var/lib/certificates/ai-mux.pem";
-        description = "Certificate chain, PEM. It is read in place: a renewed pair is in use within ten seconds.";
+        description = "Certificate chain, PEM, read in place: a renewed pair is in use within ten seconds.";
       };
       key = mkOption {
         type = types.nullOr outsideStore;
@@ -168,7 +168,7 @@ in
         type = types.nullOr types.str;
         default = null;
         example = "certificates";
-        description = "A group that may read certificate and key; the service joins it.";
+        description = "A group that may read certificate and key, and enter their folders; the service joins it.";
       };
       useACMEHost = mkOption {
         type = types.nullOr types.str;
@@ -235,7 +235,7 @@ in
                 headers.x-team = "home";
               }
             ];
-            description = "Which providers to serve. If empty: those that have a login at the start, of which there must be one.";
+            description = "Which providers to serve. If empty: those that have a login at the start; without any, the service keeps restarting.";
           };
           users = mkOption {
             type = types.listOf (
@@ -443,7 +443,8 @@ in
 
         Restart = "on-failure";
         RestartSec = 5;
-        RestartPreventExitStatus = 2; # a wrong configuration stays wrong
+        # A wrong configuration stays wrong, but a certificate may still come.
+        RestartPreventExitStatus = mkIf (settings.tls.enabled != true) 2;
         TimeoutStopSec = 45; # requests have 10 s, and a second to be cut short; then a refresh 30 s to be saved
         LimitNOFILE = 65536; # the program may not raise it itself: see SystemCallFilter
 
@@ -451,7 +452,7 @@ in
         SupplementaryGroups =
           lib.optional (cfg.tls.group != null) cfg.tls.group
           ++ lib.optional (cfg.tls.useACMEHost != null) acme.group;
-        StateDirectory = "ai-mux";
+        StateDirectory = mkIf (!elsewhere) "ai-mux";
         StateDirectoryMode = "0700";
         ReadWritePaths = lib.optional elsewhere settings.state_dir;
         UMask = "0077";

@@ -225,6 +225,7 @@ let
           && o.unit.SocketBindDeny == "any";
         "the firewall is left alone" = o.config.networking.firewall.allowedTCPPorts == [ ];
         "no user is made" = o.config.users.users == { };
+        "what stays wrong is not tried again" = o.unit.RestartPreventExitStatus == 2;
       };
     };
     "nothing but enable" = {
@@ -314,6 +315,7 @@ let
             key_path = "/var/lib/acme/mux.example.org/key.pem";
           };
         "with its group" = o.unit.SupplementaryGroups == [ "acme" ];
+        "one that comes late is waited for" = !o.unit ? RestartPreventExitStatus;
         "after it was made" =
           lib.elem "acme-mux.example.org.service" o.config.systemd.services.ai-mux.after;
         "nothing is warned of" = o.warnings == [ ];
@@ -347,6 +349,7 @@ let
       modules = [ (withSettings { state_dir = "/srv/mux"; }) ];
       holds = o: {
         "may be written" = o.unit.ReadWritePaths == [ "/srv/mux" ];
+        "is the only one" = !o.unit ? StateDirectory;
         "is mounted first" =
           o.config.systemd.services.ai-mux.unitConfig.RequiresMountsFor == [ "/srv/mux" ];
         "is made for a user that lasts" =
