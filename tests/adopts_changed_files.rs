@@ -214,8 +214,13 @@ fn a_log_out_is_obeyed_and_never_undone() {
         assert_down(&mux, &empty.to_string());
         assert_eq!(login::read(&mux.state(), "claude"), empty);
     }
+    // Nor by a look in the background, of which there is one each second.
+    let some_looks = || std::thread::sleep(Duration::from_millis(2500));
+    some_looks();
+    assert_eq!(login::read(&mux.state(), "claude"), json!({"mcpOAuth": {}}));
     fs::remove_file(file(&mux)).expect("remove a file");
     assert_down(&mux, "gone again");
+    some_looks();
     assert!(!file(&mux).exists());
     let back = up.login("claude", 3600);
     login::save(&mux.state(), "claude", &back.claude());
@@ -284,9 +289,9 @@ fn a_file_that_changes_during_a_refresh_wins() {
         login::save(&state, "claude", &theirs);
         Ok(false)
     });
-    let mux = setup
-        .save("claude", &up.login("claude", -10).claude())
-        .start();
+    let mux = setup.start();
+    // Whoever asks refreshes it, and is answered only when it was, or was not, saved.
+    login::save(&mux.state(), "claude", &up.login("claude", -10).claude());
     assert_eq!(used(&up, &mux), winner.access);
     assert_eq!((up.refreshes().len(), up.reused()), (1, 0));
     assert_eq!(login::read(&mux.state(), "claude").to_string(), text);
@@ -369,10 +374,9 @@ fn a_log_out_during_a_refresh_wins() {
     let setup = Setup::new(&up);
     let path = login::path(&setup.state(), "claude");
     up.on_refresh(move |_, _| fs::remove_file(&path).map(|()| false));
-    let mux = setup
-        .save("claude", &up.login("claude", -10).claude())
-        .start();
-    up.wait(1, Request::is_refresh);
+    let mux = setup.start();
+    // Whoever asks refreshes it, and is answered only when it was, or was not, saved.
+    login::save(&mux.state(), "claude", &up.login("claude", -10).claude());
     assert_down(&mux, "logged out");
     assert!(!file(&mux).exists());
     assert_eq!(up.refreshes().len(), 1);

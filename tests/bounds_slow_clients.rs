@@ -288,6 +288,10 @@ fn never_readers(mux: &Mux, up: &Upstream, count: usize) {
     }
     up.wait(1 + count, |_| true);
     mux.assert_settled(before, 2 * count);
+    assert!(
+        mux.log_lines("ended=").is_empty(),
+        "only as they are let go"
+    );
     let answer = mux.caller().request("GET", "/healthz", &[], b"").answer();
     assert_eq!(answer.status, 200);
     // One that waits for a worker gets one of theirs, before its own time of 50 s is over.

@@ -110,6 +110,15 @@ impl Seen {
     }
 }
 
+/// Ends the watch, by a panic too: a scope waits for its threads even then.
+struct Watched<'a>(&'a Seen);
+
+impl Drop for Watched<'_> {
+    fn drop(&mut self) {
+        self.0.over.store(true, Ordering::SeqCst);
+    }
+}
+
 /// A stand-in whose token endpoint takes its time and remembers what it answered.
 fn vendor(seen: &Arc<Seen>, state: &Path) -> Upstream {
     let (by_requests, by_refreshes) = (seen.clone(), seen.clone());
@@ -216,6 +225,7 @@ fn kill_9_at_random_moments_of_refreshes_under_load() {
 
     let (mut early, mut between, mut saved) = (0, 0, 0);
     let reads = thread::scope(|scope| {
+        let watched = Watched(&seen);
         let watcher = scope.spawn(|| seen.watch(state));
         for kill in 0..kills {
             let before = PROVIDERS.map(|provider| seen.read(state, provider));
@@ -248,7 +258,7 @@ fn kill_9_at_random_moments_of_refreshes_under_load() {
                 log_in(provider);
             }
         }
-        seen.over.store(true, Ordering::SeqCst);
+        drop(watched);
         watcher.join().expect("no torn file")
     });
     assert_eq!(

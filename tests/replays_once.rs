@@ -67,13 +67,13 @@ fn with_no_body_where_there_was_none() {
 fn with_a_time_of_its_own() {
     let up = Upstream::plain();
     up.on_refresh(|_, _| {
-        std::thread::sleep(std::time::Duration::from_millis(1500));
+        std::thread::sleep(std::time::Duration::from_secs(4));
         Ok(false)
     });
     let login = up.login("claude", 3600);
     up.revoke(&login.access);
     let setup = Setup::new(&up).save("claude", &login.claude());
-    let mux = setup.set("request_timeout", "1s").start();
+    let mux = setup.set("request_timeout", "3s").start();
     assert_eq!(mux.message().status, 200);
     assert_eq!((up.requests().len(), up.refreshes().len()), (2, 1));
 }

@@ -19,8 +19,9 @@ fn tells_what_is_saved() -> (Upstream, Arc<OnceLock<PathBuf>>) {
     let state = Arc::new(OnceLock::<PathBuf>::new());
     let seen = state.clone();
     let up = Upstream::start(move |req, conn| {
-        let file = login::read(seen.get().expect("a folder"), "claude");
-        let saved = file["claudeAiOauth"]["accessToken"] == json!(req.bearer());
+        // As text, since it may be half written.
+        let path = login::path(seen.get().expect("a folder"), "claude");
+        let saved = fs::read_to_string(path)?.contains(req.bearer());
         conn.respond(200, &[], if saved { b"saved" } else { b"not saved" })
     });
     (up, state)
@@ -470,7 +471,7 @@ fn a_touch_in_the_moment_of_saving_delays_nothing() {
     assert!(mux.log_lines("ERROR").is_empty(), "{}", mux.log());
 }
 
-/// To whoever reads the log, and to a client, once the token in memory has ended.
+/// In the log: each time that it could not be saved, and at a stop, that it is lost.
 #[test]
 fn what_keeps_it_from_being_saved_is_told() {
     let up = Upstream::plain();

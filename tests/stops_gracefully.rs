@@ -160,6 +160,7 @@ fn a_second_signal_ends_it_at_once() {
         assert!(idle.closed(), "the first signal was heard");
         mux.signal(other);
         assert_ne!(mux.wait_exit(), 0, "{one:?} {other:?}");
+        assert!(mux.whole_log().contains("stopping") && mux.log_lines("cut short").is_empty());
         assert!(client.piece().is_err());
         go.advance();
     });

@@ -308,7 +308,7 @@ fn a_stalled_refresh_under_load() {
         }
     });
     assert_eq!(up.refreshes().len(), 1);
-    mux.assert_recovered(before, 64);
+    mux.assert_recovered(before, 1); // idle workers end, so those that waited must have been let go
 }
 
 /// Where IPv6 is broken, its addresses would take most of the time that a call has, and the answer could be lost.

@@ -304,9 +304,7 @@ fn what_stays_on_this_machine_goes_past_the_proxy() {
 #[test]
 fn a_proxy_that_is_not_there_is_502() {
     let up = Upstream::plain();
-    let gone = TcpListener::bind("127.0.0.1:0")
-        .and_then(|l| l.local_addr())
-        .expect("a free port");
+    let gone = setup::free_address();
     let setup = Setup::new(&up)
         .provider(0, "base_url", "https://upstream.test")
         .set("proxy", format!("http://{gone}"));

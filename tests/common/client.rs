@@ -47,7 +47,7 @@ impl Client {
         self
     }
 
-    /// Sends a whole request with a length, and nothing that was not asked for but `host`.
+    /// Sends a whole request: these headers, `host`, and the length of its body, which a POST has even if empty.
     pub fn request(
         &mut self,
         method: &str,

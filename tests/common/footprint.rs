@@ -60,8 +60,8 @@ impl Mux {
         self.footprint()
     }
 
-    /// Another client is served, and what the trouble took is given back, but for what `kept` workers that were
-    /// not used before keep: one thread, three descriptors and an idle connection to upstream each.
+    /// Another client is served, and what the trouble took is given back, but for the threads of `kept` workers that
+    /// were not used before, and an idle connection to upstream for each.
     pub fn assert_recovered(&self, before: Footprint, kept: usize) {
         assert_eq!(self.message().status, 200, "another client is served");
         self.assert_settled(before, kept);
@@ -71,7 +71,7 @@ impl Mux {
         let deadline = Instant::now() + 2 * PATIENCE;
         loop {
             let now = self.footprint();
-            let back = now.descriptors <= before.descriptors + kept * 4
+            let back = now.descriptors <= before.descriptors + kept
                 && now.threads <= before.threads + kept
                 && now.resident <= before.resident + KEPT_MEMORY;
             if back {

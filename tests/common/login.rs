@@ -46,7 +46,7 @@ pub fn noise() -> String {
 }
 
 /// A JSON Web Token with these claims and a signature that nobody checks.
-pub fn jwt(claims: &Value) -> String {
+fn jwt(claims: &Value) -> String {
     let part = |text: String| BASE64_URL_SAFE_NO_PAD.encode(text);
     let head = part(json!({"alg": "none"}).to_string());
     format!("{head}.{}.{}", part(claims.to_string()), noise())

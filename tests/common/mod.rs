@@ -89,8 +89,8 @@ pub fn target(provider: &str) -> &'static str {
     }
 }
 
-/// An upstream that answers in two events, the second of which waits for the step; but at once where no
-/// `x-held` asks for that.
+/// An upstream that answers what has an `x-held` in two events, the second of which waits for the step, and all else
+/// at once.
 pub fn two_events() -> (Upstream, Steps) {
     let go = Steps::default();
     let held = go.clone();

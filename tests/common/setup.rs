@@ -1,11 +1,9 @@
 //! Everything about a run before it starts.
 
-use super::client::Client;
-use super::http::Wire;
 use super::mux::Mux;
 use super::upstream::{Shared, Upstream};
 use super::{Authority, Folder, PATIENCE, TOKEN, Value, binary, json, login};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::{MetadataExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -178,9 +176,7 @@ impl Setup {
         let mut mux = self.set("listen", addr.to_string()).spawn();
         mux.addr = addr;
         let deadline = Instant::now() + PATIENCE;
-        // That somebody takes the connection is not enough: for a moment, a process that another test has forked
-        // may still hold the socket with which this address was found free.
-        while !answers(addr) {
+        while TcpStream::connect(addr).is_err() {
             assert!(Instant::now() < deadline, "it does not listen");
             thread::sleep(Duration::from_millis(5));
         }
@@ -194,16 +190,8 @@ impl Setup {
     }
 }
 
-fn answers(addr: SocketAddr) -> bool {
-    let Ok(socket) = TcpStream::connect(addr) else {
-        return false;
-    };
-    let mut client = Client::on(Wire::plain(socket));
-    let asked = client.wire.send(b"HEAD / HTTP/1.1\r\nhost: ai-mux\r\n\r\n");
-    asked.is_ok() && matches!(client.try_head(), Ok(Some(_)))
-}
-
-/// Below the ports that the kernel gives out by itself: one of those might be another test's before it is used.
+/// Where nobody listens, below the ports that the kernel gives out by itself: one of those might be another test's
+/// before it is used. It is not tried by listening: a process that another test forks meanwhile would go on doing so.
 pub fn free_address() -> SocketAddr {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let ports = (0..12_000).map(|_| {
@@ -211,7 +199,7 @@ pub fn free_address() -> SocketAddr {
         20_000 + (std::process::id() * 8 + next) % 12_000
     });
     let addrs = ports.map(|port| SocketAddr::from(([127, 0, 0, 1], port as u16)));
-    let mut free = addrs.filter(|addr| TcpListener::bind(addr).is_ok());
+    let mut free = addrs.filter(|addr| TcpStream::connect(addr).is_err());
     free.next().expect("a free port")
 }
 

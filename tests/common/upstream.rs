@@ -17,7 +17,7 @@ use std::{fs, thread};
 /// Answers one request. An error, or `conn.cut()`, ends the connection.
 pub type Script = dyn Fn(&Request, &mut Conn) -> io::Result<()> + Send + Sync;
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Request {
     pub head: Head,
     pub body: Vec<u8>,
@@ -131,7 +131,7 @@ impl Upstream {
         let secure = authority.is_some();
         let all = shared.clone();
         thread::spawn(move || {
-            for socket in listener.incoming().map_while(Result::ok) {
+            for socket in listener.incoming().map(|socket| socket.expect("accept")) {
                 if all.over.load(Ordering::SeqCst) {
                     return;
                 }

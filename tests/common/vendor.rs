@@ -29,7 +29,7 @@ struct Tokens {
 }
 
 impl Upstream {
-    /// A login that this upstream accepts and can refresh, `ttl` seconds before it expires.
+    /// A login that expires in `ttl` seconds, which this upstream accepts and can refresh.
     pub fn login(&self, provider: &str, ttl: i64) -> Login {
         let login = Login::new(provider, ttl);
         self.accept(&login);
@@ -108,12 +108,12 @@ impl Vendors {
         lock(&self.secrets).insert(token.to_owned(), 8);
     }
 
-    /// The first secret that a log shows too much of, if any. Any 6 characters in a row give a secret
-    /// away, and any 9 a token whose first 8 may be named.
+    /// The first secret that a log shows too much of, if any: 6 characters in a row, not all of them of the
+    /// beginning that may be shown.
     pub fn shown(&self, log: &str) -> Option<String> {
         let shows = |secret: &str, most: usize| {
-            let size = secret.len().min(most.max(5) + 1);
-            (0..=secret.len() - size).any(|at| log.contains(&secret[at..at + size]))
+            let mut pieces = (most.saturating_sub(5)..).map_while(|at| secret.get(at..at + 6));
+            pieces.any(|piece| log.contains(piece))
         };
         let secrets = lock(&self.secrets);
         let found = secrets.iter().find(|(secret, most)| shows(secret, **most));

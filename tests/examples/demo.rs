@@ -54,7 +54,7 @@ fn main() -> ExitCode {
     refused(&mux);
     adopted(&mux, &up);
     if !once {
-        serve(&mut mux, &over);
+        serve(&mux, &over);
     }
     let code = mux.stop();
     println!("\n{}", dim("ai-mux was asked to stop, and did."));
@@ -177,10 +177,7 @@ fn parts(event: &str) -> (String, String) {
 }
 
 fn refused(mux: &Mux) {
-    heading(
-        3,
-        "A wrong token is refused before anything of the request is read",
-    );
+    heading(3, "A wrong token is refused before the body is read");
     let mut client = mux.client();
     let wrong = [
         ("authorization", "Bearer a-guess-by-someone-else"),
@@ -212,8 +209,8 @@ fn adopted(mux: &Mux, up: &Upstream) {
     );
 }
 
-/// Goes on serving, and shows the log, until a signal or the end of ai-mux.
-fn serve(mux: &mut Mux, over: &AtomicBool) {
+/// Goes on serving, and shows the log, until a signal.
+fn serve(mux: &Mux, over: &AtomicBool) {
     let host = format!("http://{}", mux.addr);
     heading(
         5,
