@@ -211,6 +211,14 @@ fn trailers_and_interim_answers_are_dropped() {
     client.request("POST", MESSAGES, &[BEARER], b"{}");
     assert_eq!(client.head().word(1), "200");
     assert_eq!(client.body().expect("a whole body"), b"body");
+    // Nor is any of it in the way of the next.
+    assert_eq!(
+        client
+            .request("POST", MESSAGES, &[BEARER], b"{}")
+            .answer()
+            .status,
+        200
+    );
 }
 
 /// It comes in one piece with an answer that is larger than what is read in one go.

@@ -19,9 +19,9 @@ fn tells_what_is_saved() -> (Upstream, Arc<OnceLock<PathBuf>>) {
     let state = Arc::new(OnceLock::<PathBuf>::new());
     let seen = state.clone();
     let up = Upstream::start(move |req, conn| {
-        // As text, since it may be half written.
         let path = login::path(seen.get().expect("a folder"), "claude");
-        let saved = fs::read_to_string(path)?.contains(req.bearer());
+        let file: Value = serde_json::from_str(&fs::read_to_string(path)?).unwrap_or_default(); // half written
+        let saved = file["claudeAiOauth"]["accessToken"] == json!(req.bearer());
         conn.respond(200, &[], if saved { b"saved" } else { b"not saved" })
     });
     (up, state)

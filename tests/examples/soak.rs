@@ -31,7 +31,7 @@ const REST: Duration = Duration::from_millis(100);
 const LIMIT: &str = "10s";
 const STALL: Duration = Duration::from_secs(12);
 /// How much memory may grow after the middle of the run, in KiB, or a tenth if that is more: the allocator grows by
-/// steps for six minutes or so. The middle is a minute after the start at least, so in a run of one, only `CEILING` binds.
+/// steps for six minutes or so. The middle is at a minute at least, so in a run of one minute only `CEILING` binds.
 const GROWTH: usize = 2 << 10;
 /// What it may be at the end in any case, so that growth up to the middle is bounded, too.
 const CEILING: usize = 14 << 10;
